@@ -1,0 +1,23 @@
+"""gtalign_jax: game-theoretic alignment of language models, in JAX, on TPU pods.
+
+The map (imports point down this list, never up):
+
+    main, score, export     commands
+    config                  one frozen Config, made of each part's own dataclass
+    evaluation              held-out prompts -> welfare, format, action tables
+    training                state, SFT, GRPO, the loop, checkpoints, metrics
+    rollout                 prompts_QS -> completions_QGT, on device
+    reward                  text -> factors -> mutual welfare
+    data                    prompts, tokenizer, batches, built-in tasks
+    game, model             the paper's mathematics; the transformer. Neither imports ours.
+
+The only legend of dimension letters. Arrays in jitted code end in theirs (`logits_BTV`):
+
+    B rows (= Q*G)        Q prompts             G samples per prompt    T completion time
+    S prompt/cache time   V vocabulary          L layers                D model width
+    F feed-forward width  N query heads         K key/value heads       R = N / K
+    H head size           U user actions (VQ, DQ)                       A LLM actions (DA, CQ, AQ)
+    P players (LLM, user)                       C reward factors
+"""
+
+__version__ = "0.1.0"

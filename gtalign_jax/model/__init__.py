@@ -1,0 +1,1 @@
+"""A decoder-only transformer as pure functions over a pytree of arrays."""

@@ -1,0 +1,286 @@
+"""The transformer's forward pass, in three shapes that share one block.
+
+    full_logits       tokens_BT           -> logits_BTV     plain; what everything is tested against
+    prefill           prompts_QS          -> PromptCache    keys and values of each prompt, once
+    decode_step       token_QG + caches   -> hidden_QGD     one token of every row
+    shared_hidden     prompts_QS, rows_QGT -> hidden_QGTD   the update: prompt and rows in one pass
+
+A group's G completions have one prompt. Its keys and values exist once, `[Q, S, K, H]`; every row
+attends to them and to its own with one softmax over both (design: shared prompt; idea from Prefix
+Grouper, arXiv 2506.05433).
+
+The split of a sequence: the prompt stream holds all prompt tokens but the last, a row's stream
+starts with that last token. So the hidden state at row position t predicts completion token t, and
+the prompt stream needs no logits. `lengths_Q` counts the prompt stream.
+
+Masks come from lengths. Softmax and norms are float32; the rest runs in the dtype of the params
+given (cast once, by the caller). This module samples nothing and knows no text.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from gtalign_jax.model.sharding import Layout
+from gtalign_jax.model.spec import Layers, ModelConfig, Params
+
+NEG = -1e30  # a masked score: finite, so that a row with nothing to attend to stays finite
+
+
+@struct.dataclass
+class PromptCache:
+    """Keys and values of the prompt stream, `[L, Q, S, K, H]`, and its true length `[Q]`."""
+
+    k_LQSKH: jax.Array
+    v_LQSKH: jax.Array
+    lengths_Q: jax.Array
+
+
+def rope_frequencies(cfg: ModelConfig) -> tuple[np.ndarray, float]:
+    """Inverse wavelengths `[H/2]` (radians per position) and the factor on cos and sin.
+
+    Scaling kinds: "linear", "llama3" (Llama 3.1 model card), "yarn" (arXiv 2309.00071, §3).
+    """
+    half = cfg.head_dim // 2
+    freq = cfg.rope_theta ** (-np.arange(half, dtype=np.float64) / half)
+    scaling = cfg.rope_scaling
+    if scaling is None:
+        return freq.astype(np.float32), 1.0
+    slow = freq / scaling.factor
+    if scaling.kind == "linear":
+        return slow.astype(np.float32), 1.0
+    if scaling.kind == "llama3":
+        turns = scaling.original_max_position * freq / (2 * np.pi)
+        blend = (turns - scaling.low_freq_factor) / (
+            scaling.high_freq_factor - scaling.low_freq_factor
+        )
+        blend = np.clip(blend, 0.0, 1.0)
+        return (blend * freq + (1 - blend) * slow).astype(np.float32), 1.0
+    if scaling.kind == "yarn":
+        def dimension(turns: float) -> float:
+            ratio = scaling.original_max_position / (turns * 2 * np.pi)
+            return half * np.log(ratio) / np.log(cfg.rope_theta)
+
+        low, high = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
+        if scaling.truncate:
+            low, high = np.floor(low), np.ceil(high)
+        low, high = max(low, 0.0), min(high, 2.0 * half - 1)
+        ramp = np.clip((np.arange(half) - low) / max(high - low, 1e-3), 0.0, 1.0)
+        return (ramp * slow + (1 - ramp) * freq).astype(np.float32), scaling.attention_factor
+    raise ValueError(f"rope_scaling.kind={scaling.kind!r}: expected linear, llama3 or yarn")
+
+
+def _rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotary embedding of `x[..., heads, H]` by cos, sin `[..., 1, H/2]` (rotate-half layout)."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)
+
+
+def _cos_sin(cfg: ModelConfig, positions: jax.Array, ndim: int) -> tuple[jax.Array, jax.Array]:
+    """cos and sin for integer `positions`, shaped to broadcast over an `ndim`-D `[..., heads, H]`."""
+    freq, factor = rope_frequencies(cfg)
+    angle = positions[..., None].astype(jnp.float32) * jnp.expand_dims(
+        jnp.asarray(freq), tuple(range(positions.ndim))
+    )
+    angle = jnp.expand_dims(angle, -2)
+    angle = jnp.reshape(angle, (1,) * (ndim - angle.ndim) + angle.shape)
+    return factor * jnp.cos(angle), factor * jnp.sin(angle)
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """`x / rms(x) * weight` over the last axis, in float32."""
+    x32 = x.astype(jnp.float32)
+    x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    scale = jnp.expand_dims(weight, tuple(range(x.ndim - 1)))
+    return x32.astype(x.dtype) * scale
+
+
+def _project(x: jax.Array, w: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """`x[..., D] @ w[D, heads, H] (+ bias)` -> `[..., heads, H]`."""
+    y = jnp.einsum("...D,DNH->...NH", x, w)
+    return y if bias is None else y + jnp.expand_dims(bias, tuple(range(y.ndim - 2)))
+
+
+def _qkv(x: jax.Array, w: Layers, cfg: ModelConfig, cos: jax.Array, sin: jax.Array):
+    """Normalised and rotated queries `[..., K, R, H]`, keys and values `[..., K, H]`."""
+    x = rms_norm(x, w.attn_norm_LD, cfg.norm_eps)
+    q = _project(x, w.q_LDNH, w.q_bias_LNH)
+    k = _project(x, w.k_LDKH, w.k_bias_LKH)
+    v = _project(x, w.v_LDKH, w.v_bias_LKH)
+    if cfg.qk_norm:
+        q = rms_norm(q, w.q_norm_LH, cfg.norm_eps)
+        k = rms_norm(k, w.k_norm_LH, cfg.norm_eps)
+    q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+    q = q.reshape(*q.shape[:-2], cfg.num_kv_heads, cfg.queries_per_kv, cfg.head_dim)
+    return q * jnp.asarray(1 / math.sqrt(cfg.head_dim), q.dtype), k, v
+
+
+def _finish(x: jax.Array, attended: jax.Array, w: Layers, cfg: ModelConfig) -> jax.Array:
+    """Output projection, residual, and the gated feed-forward."""
+    attended = attended.reshape(*attended.shape[:-3], cfg.num_heads, cfg.head_dim)
+    x = x + jnp.einsum("...NH,NHD->...D", attended, w.o_LNHD)
+    y = rms_norm(x, w.mlp_norm_LD, cfg.norm_eps)
+    gate = jnp.einsum("...D,DF->...F", y, w.gate_LDF)
+    up = jnp.einsum("...D,DF->...F", y, w.up_LDF)
+    return x + jnp.einsum("...F,FD->...D", jax.nn.silu(gate) * up, w.down_LFD)
+
+
+def _attend_prompt(q_QSKRH, k_QSKH, v_QSKH, mask_QSS) -> jax.Array:
+    """Causal attention inside the prompt stream."""
+    scores = jnp.einsum("QTKRH,QSKH->QKRTS", q_QSKRH, k_QSKH, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask_QSS[:, None, None], scores, NEG)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v_QSKH.dtype)
+    return jnp.einsum("QKRTS,QSKH->QTKRH", weights, v_QSKH)
+
+
+def _attend_shared(q_QGTKRH, prompt_k_QSKH, prompt_v_QSKH, own_k_QGCKH, own_v_QGCKH,
+                   prompt_mask_QS, own_mask) -> jax.Array:
+    """Each row attends to its group's prompt and to itself: one softmax over both parts.
+
+    `own_mask` broadcasts against the own scores `[Q, G, K, R, T, C]`.
+    """
+    f32 = jnp.float32
+    shared = jnp.einsum("QGTKRH,QSKH->QKGRTS", q_QGTKRH, prompt_k_QSKH, preferred_element_type=f32)
+    shared = jnp.where(prompt_mask_QS[:, None, None, None, None], shared, NEG)
+    own = jnp.einsum("QGTKRH,QGCKH->QGKRTC", q_QGTKRH, own_k_QGCKH, preferred_element_type=f32)
+    own = jnp.where(own_mask, own, NEG)
+    # The maximum only guards the exponentials; it cancels, so no gradient flows through it.
+    top_shared = jax.lax.stop_gradient(shared.max(axis=-1, keepdims=True))
+    top_own = jax.lax.stop_gradient(own.max(axis=-1, keepdims=True))
+    top = jnp.maximum(jnp.swapaxes(top_shared, 1, 2), top_own)
+    shared, own = jnp.exp(shared - jnp.swapaxes(top, 1, 2)), jnp.exp(own - top)
+    total = jnp.swapaxes(shared.sum(-1), 1, 2) + own.sum(-1)
+    dtype = prompt_v_QSKH.dtype
+    out = jnp.einsum("QKGRTS,QSKH->QGTKRH", shared.astype(dtype), prompt_v_QSKH)
+    out = out + jnp.einsum("QGKRTC,QGCKH->QGTKRH", own.astype(dtype), own_v_QGCKH)
+    return (out / jnp.moveaxis(total, -1, 2)[..., None]).astype(dtype)
+
+
+def _embed(params: Params, tokens: jax.Array) -> jax.Array:
+    return jnp.take(params.embed_VD, tokens, axis=0)
+
+
+def _prompt_mask(lengths_Q: jax.Array, S: int) -> jax.Array:
+    return jnp.arange(S)[None, :] < lengths_Q[:, None]
+
+
+def _causal(T: int) -> jax.Array:
+    return jnp.arange(T)[:, None] >= jnp.arange(T)[None, :]
+
+
+def _scan_prompt(params: Params, cfg: ModelConfig, tokens_QS, lengths_Q, emit: Callable):
+    """Runs the prompt stream; `emit(k, v)` says what is kept of each layer."""
+    S = tokens_QS.shape[1]
+    cos, sin = _cos_sin(cfg, jnp.arange(S), 4)
+    mask_QSS = _causal(S)[None] & _prompt_mask(lengths_Q, S)[:, None, :]
+
+    def block(x_QSD, w: Layers):
+        q, k, v = _qkv(x_QSD, w, cfg, cos, sin)
+        return _finish(x_QSD, _attend_prompt(q, k, v, mask_QSS), w, cfg), emit(k, v)
+
+    return jax.lax.scan(block, _embed(params, tokens_QS), params.layers)
+
+
+def full_hidden(params: Params, cfg: ModelConfig, tokens_BT, lengths_B) -> jax.Array:
+    """Final hidden states `[B, T, D]` of right-padded rows, the plain way."""
+    x_BTD, _ = _scan_prompt(params, cfg, tokens_BT, lengths_B, lambda k, v: None)
+    return rms_norm(x_BTD, params.final_norm_D, cfg.norm_eps)
+
+
+def full_logits(params: Params, cfg: ModelConfig, tokens_BT, lengths_B) -> jax.Array:
+    """Next-token logits `[B, T, V]` (float32) of right-padded rows; for tests and small models."""
+    return logits(params, cfg, full_hidden(params, cfg, tokens_BT, lengths_B))
+
+
+def logits(params: Params, cfg: ModelConfig, hidden: jax.Array) -> jax.Array:
+    """Float32 logits over the padded vocabulary; padding ids get `NEG`, so no mass."""
+    head_VD = params.embed_VD if params.head_VD is None else params.head_VD
+    out = jnp.einsum("...D,VD->...V", hidden, head_VD, preferred_element_type=jnp.float32)
+    if cfg.padded_vocab_size == cfg.vocab_size:
+        return out
+    real = jnp.arange(cfg.padded_vocab_size) < cfg.vocab_size
+    return jnp.where(jnp.expand_dims(real, tuple(range(out.ndim - 1))), out, NEG)
+
+
+def prefill(params: Params, cfg: ModelConfig, tokens_QS, lengths_Q,
+            layout: Layout | None = None) -> PromptCache:
+    """Keys and values of the prompt stream (all prompt tokens but the last)."""
+    _, (k, v) = _scan_prompt(params, cfg, tokens_QS, lengths_Q, lambda k, v: (k, v))
+    if layout is not None:
+        axes = (None, "prompts", None, "kv_heads", None)
+        k, v = layout.constrain(k, *axes), layout.constrain(v, *axes)
+    return PromptCache(k, v, lengths_Q)
+
+
+def decode_step(params: Params, cfg: ModelConfig, prompt: PromptCache, k_LQGTKH, v_LQGTKH,
+                token_QG, t) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """One token of every row, written at own-cache position `t` (the same for all rows).
+
+    Returns (final hidden `[Q, G, D]`, the two own caches with position t filled).
+    """
+    cos, sin = _cos_sin(cfg, (prompt.lengths_Q + t)[:, None, None], 5)
+    prompt_mask_QS = _prompt_mask(prompt.lengths_Q, prompt.k_LQSKH.shape[2])
+    own_mask = jnp.reshape(jnp.arange(k_LQGTKH.shape[3]) <= t, (1, 1, 1, 1, 1, -1))
+
+    def block(carry, xs):
+        x_QGTD, k_cache, v_cache = carry
+        w, prompt_k, prompt_v, layer = xs
+        q, k, v = _qkv(x_QGTD, w, cfg, cos, sin)
+        # The caches are carried, not scanned over, so that XLA updates them in place.
+        at = (layer, 0, 0, t, 0, 0)
+        k_cache = jax.lax.dynamic_update_slice(k_cache, k[None], at)
+        v_cache = jax.lax.dynamic_update_slice(v_cache, v[None], at)
+        own_k = jax.lax.dynamic_index_in_dim(k_cache, layer, keepdims=False)
+        own_v = jax.lax.dynamic_index_in_dim(v_cache, layer, keepdims=False)
+        attended = _attend_shared(q, prompt_k, prompt_v, own_k, own_v, prompt_mask_QS, own_mask)
+        return (_finish(x_QGTD, attended, w, cfg), k_cache, v_cache), None
+
+    x = _embed(params, token_QG)[:, :, None]
+    xs = (params.layers, prompt.k_LQSKH, prompt.v_LQSKH, jnp.arange(cfg.num_layers))
+    (x, k_LQGTKH, v_LQGTKH), _ = jax.lax.scan(block, (x, k_LQGTKH, v_LQGTKH), xs)
+    return rms_norm(x[:, :, 0], params.final_norm_D, cfg.norm_eps), k_LQGTKH, v_LQGTKH
+
+
+def shared_hidden(params: Params, cfg: ModelConfig, tokens_QS, lengths_Q, rows_QGT,
+                  remat: bool = False) -> jax.Array:
+    """Final hidden states `[Q, G, T, D]` of rows that share their group's prompt.
+
+    Args:
+      tokens_QS, lengths_Q: the prompt stream (prompt without its last token), right-padded.
+      rows_QGT: last prompt token, then the completion without its last token, right-padded.
+      remat: recompute each block in the backward pass instead of keeping its activations.
+    """
+    (S, T) = tokens_QS.shape[1], rows_QGT.shape[2]
+    cos_S, sin_S = _cos_sin(cfg, jnp.arange(S), 4)
+    positions_QGT = (lengths_Q[:, None] + jnp.arange(T)[None, :])[:, None]
+    cos_T, sin_T = _cos_sin(cfg, positions_QGT, 5)
+    prompt_mask_QS = _prompt_mask(lengths_Q, S)
+    mask_QSS = _causal(S)[None] & prompt_mask_QS[:, None, :]
+    own_mask = jnp.reshape(_causal(T), (1, 1, 1, 1, T, T))
+
+    def block(carry, w: Layers):
+        p_QSD, x_QGTD = carry
+        pq, pk, pv = _qkv(p_QSD, w, cfg, cos_S, sin_S)
+        p_QSD = _finish(p_QSD, _attend_prompt(pq, pk, pv, mask_QSS), w, cfg)
+        q, k, v = _qkv(x_QGTD, w, cfg, cos_T, sin_T)
+        attended = _attend_shared(q, pk, pv, k, v, prompt_mask_QS, own_mask)
+        return (p_QSD, _finish(x_QGTD, attended, w, cfg)), None
+
+    block = jax.checkpoint(block) if remat else block
+    streams = (_embed(params, tokens_QS), _embed(params, rows_QGT))
+    (_, x_QGTD), _ = jax.lax.scan(block, streams, params.layers)
+    return rms_norm(x_QGTD, params.final_norm_D, cfg.norm_eps)
+
+
+def split_prompt(tokens_QS: jax.Array, lengths_Q: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(last token of each prompt `[Q]`, length of the prompt stream `[Q]`).
+
+    The stream keeps its width: its masked tail includes the last token.
+    """
+    last_Q = jnp.take_along_axis(tokens_QS, (lengths_Q - 1)[:, None], axis=1)[:, 0]
+    return last_Q, lengths_Q - 1

@@ -1,0 +1,1 @@
+"""Sampling groups of completions, on device."""
