@@ -1,0 +1,184 @@
+"""Sampling groups of completions: one jitted function, wholly on the device.
+
+    prompts_QS  --prefill once-->  PromptCache  --while_loop-->  tokens_QGT, logp_QGT, lengths_QG
+
+State before iteration t: `token_QG` is the token at row position t (at t = 0 the prompt's last
+one), the own caches hold positions < t. One iteration feeds it, samples completion token t and
+writes it. The loop ends at T tokens or when every row has ended.
+
+Lengths, never token ids, say what is real: a length counts the stop token, which is trained on.
+A draw depends on (key, prompt index, sample, t) alone, so that any split of the prompts over
+devices or processes draws the same tokens. The sampler knows nothing about text.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from gtalign_jax.model import forward
+from gtalign_jax.model.sharding import Layout
+from gtalign_jax.model.spec import ModelConfig, Params
+from gtalign_jax.rollout import filters as filters_lib
+from gtalign_jax.rollout.filters import Filters
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplerConfig:
+    """How completions are drawn."""
+
+    max_new_tokens: int = 1024
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    @property
+    def filters(self) -> Filters:
+        return Filters(self.temperature, self.top_k, self.top_p)
+
+
+@struct.dataclass
+class Rollout:
+    """What was sampled.
+
+    tokens_QGT: completion ids; what lies past a row's length is 0 and means nothing.
+    logp_QGT: log-probability of each token under the distribution it was drawn from; 0 past it.
+    lengths_QG: number of completion tokens, the stop token included.
+    stopped_QG: the row ended by a stop token (otherwise it was cut at the limit).
+    steps: decode iterations run (each costs Q*G slots, finished or not).
+    """
+
+    tokens_QGT: jax.Array
+    logp_QGT: jax.Array
+    lengths_QG: jax.Array
+    stopped_QG: jax.Array
+    steps: jax.Array
+
+
+@struct.dataclass
+class _State:
+    t: jax.Array
+    token_QG: jax.Array
+    done_QG: jax.Array
+    k_LQGTKH: jax.Array
+    v_LQGTKH: jax.Array
+    rollout: Rollout
+
+
+def _draw(logits_QGV: jax.Array, uniform_QG: jax.Array) -> jax.Array:
+    """Inverse-CDF sampling: one uniform number per row instead of V Gumbels."""
+    weights = jnp.exp(logits_QGV - logits_QGV.max(axis=-1, keepdims=True))
+    mass = jnp.cumsum(weights, axis=-1)
+    # Strictly greater: a token without mass repeats its neighbour's sum and is never first.
+    above = mass > (uniform_QG * mass[..., -1])[..., None]
+    return jnp.argmax(above, axis=-1).astype(jnp.int32)
+
+
+def _row_keys(key: jax.Array, index_Q: jax.Array, G: int) -> jax.Array:
+    """One key per row, from (key, prompt index, sample)."""
+    keys_Q = jax.vmap(lambda q: jax.random.fold_in(key, q))(index_Q)
+    return jax.vmap(
+        lambda k: jax.vmap(lambda g: jax.random.fold_in(k, g))(jnp.arange(G))
+    )(keys_Q)
+
+
+def _uniform(keys_QG: jax.Array, t: jax.Array) -> jax.Array:
+    """A uniform number in [0, 1) per row for position t."""
+    draw = lambda key: jax.random.uniform(jax.random.fold_in(key, t))  # noqa: E731
+    return jax.vmap(jax.vmap(draw))(keys_QG)
+
+
+def choose(logits_QGV: jax.Array, filters: Filters, uniform_QG: jax.Array):
+    """(token `[Q, G]`, its log-probability `[Q, G]`) under the filtered distribution."""
+    logits_QGV = filters_lib.apply(logits_QGV, filters)
+    if filters.temperature == 0:
+        token_QG = jnp.argmax(logits_QGV, axis=-1).astype(jnp.int32)
+    else:
+        token_QG = _draw(logits_QGV, uniform_QG)
+    picked = jnp.take_along_axis(logits_QGV, token_QG[..., None], axis=-1)[..., 0]
+    return token_QG, picked - jax.nn.logsumexp(logits_QGV, axis=-1)
+
+
+def _is_stop(token_QG: jax.Array, stop_ids: tuple[int, ...]) -> jax.Array:
+    stop = jnp.zeros(token_QG.shape, bool)
+    for stop_id in stop_ids:
+        stop |= token_QG == stop_id
+    return stop
+
+
+def _start(params: Params, cfg: ModelConfig, tokens_QS, lengths_Q, G: int, T: int,
+           layout: Layout | None):
+    """Prefill, and the state before the first token."""
+    last_Q, stream_lengths_Q = forward.split_prompt(tokens_QS, lengths_Q)
+    prompt = forward.prefill(params, cfg, tokens_QS, stream_lengths_Q, layout)
+    Q = tokens_QS.shape[0]
+    cache = jnp.zeros(
+        (cfg.num_layers, Q, G, T, cfg.num_kv_heads, cfg.head_dim), prompt.k_LQSKH.dtype
+    )
+    if layout is not None:
+        cache = layout.constrain(cache, None, "prompts", None, None, "kv_heads", None)
+    rollout = Rollout(
+        tokens_QGT=jnp.zeros((Q, G, T), jnp.int32),
+        logp_QGT=jnp.zeros((Q, G, T), jnp.float32),
+        lengths_QG=jnp.zeros((Q, G), jnp.int32),
+        stopped_QG=jnp.zeros((Q, G), bool),
+        steps=jnp.zeros((), jnp.int32),
+    )
+    token_QG = jnp.broadcast_to(last_Q[:, None], (Q, G)).astype(jnp.int32)
+    state = _State(jnp.zeros((), jnp.int32), token_QG, jnp.zeros((Q, G), bool), cache, cache,
+                   rollout)
+    return prompt, state
+
+
+def _record(rollout: Rollout, t, token_QG, logp_QG, live_QG, stop_QG) -> Rollout:
+    """Writes completion token t of the rows that are still live."""
+    put = lambda array, new: jax.lax.dynamic_update_slice(  # noqa: E731
+        array, jnp.where(live_QG, new, 0)[..., None].astype(array.dtype), (0, 0, t)
+    )
+    return Rollout(
+        tokens_QGT=put(rollout.tokens_QGT, token_QG),
+        logp_QGT=put(rollout.logp_QGT, logp_QG),
+        lengths_QG=rollout.lengths_QG + live_QG.astype(jnp.int32),
+        stopped_QG=rollout.stopped_QG | (live_QG & stop_QG),
+        steps=rollout.steps + 1,
+    )
+
+
+def make_sampler(cfg: ModelConfig, sampler: SamplerConfig, samples: int,
+                 stop_ids: tuple[int, ...], layout: Layout | None = None) -> Callable[..., Rollout]:
+    """The jitted `sample(params, tokens_QS, lengths_Q, index_Q, key) -> Rollout`.
+
+    Args:
+      sampler: limits and filters; all static.
+      samples: G, completions per prompt.
+      stop_ids: ids that end a row; at least one.
+
+    `params` are in the dtype to compute in and laid out for rollout; `tokens_QS` are whole prompts,
+    right-padded; `index_Q` identifies each prompt in the step (it keys the randomness).
+    """
+    if not stop_ids:
+        raise ValueError("stop_ids is empty: a row could only end by running out of tokens")
+    T, filters = sampler.max_new_tokens, sampler.filters
+
+    def sample(params: Params, tokens_QS, lengths_Q, index_Q, key) -> Rollout:
+        keys_QG = _row_keys(key, index_Q, samples)
+        prompt, state = _start(params, cfg, tokens_QS, lengths_Q, samples, T, layout)
+
+        def unfinished(state: _State):
+            return (state.t < T) & ~jnp.all(state.done_QG)
+
+        def step(state: _State) -> _State:
+            hidden_QGD, k, v = forward.decode_step(
+                params, cfg, prompt, state.k_LQGTKH, state.v_LQGTKH, state.token_QG, state.t
+            )
+            logits_QGV = forward.logits(params, cfg, hidden_QGD)
+            token_QG, logp_QG = choose(logits_QGV, filters, _uniform(keys_QG, state.t))
+            stop_QG = _is_stop(token_QG, stop_ids)
+            rollout = _record(state.rollout, state.t, token_QG, logp_QG, ~state.done_QG, stop_QG)
+            return _State(state.t + 1, token_QG, state.done_QG | stop_QG, k, v, rollout)
+
+        return jax.lax.while_loop(unfinished, step, state).rollout
+
+    return jax.jit(sample)
