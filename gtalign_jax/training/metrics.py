@@ -1,0 +1,318 @@
+"""Numbers on their way from the device to a person and to files.
+
+    Mean           (sum, count): exact under micro-batches and hosts, divided once
+    PhaseTimer     seconds by phase of a step
+    MetricsWriter  metrics.jsonl and TensorBoard scalars, names `area/name`
+    RolloutLog     one JSONL row per completion
+    Console        one line per step and a progress bar
+
+The two logs can be cut back to a step, so that a resumed run leaves no row twice. A kill in the
+middle of a write leaves at most half a line, which is dropped when the file is opened again.
+Files are local and written by one process: on a pod, create the writers on process 0 only.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from rich.console import Console as RichConsole
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.text import Text
+from tensorboardX import SummaryWriter
+
+METRICS_FILE = "metrics.jsonl"
+ROLLOUTS_FILE = "rollouts.jsonl"
+
+
+@struct.dataclass
+class Mean:
+    """A mean that is not divided yet; sums of Means (leaf by leaf) are Means of the union."""
+
+    sum: jax.Array
+    count: jax.Array
+
+    def merge(self, other: "Mean") -> "Mean":
+        return Mean(self.sum + other.sum, self.count + other.count)
+
+    def divide(self) -> jax.Array:
+        """sum / count; 0 where nothing was counted, with finite gradients."""
+        return self.sum / jnp.where(self.count == 0, 1, self.count)
+
+
+class PhaseTimer:
+    """Seconds by phase: `with timer("sample"): …`. A phase entered twice adds up."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+        self._began = time.perf_counter()
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - began
+            self._seconds[phase] = self._seconds.get(phase, 0.0) + spent
+
+    def take(self) -> dict[str, float]:
+        """{"time/<phase>": seconds} since the last take, "time/step" the wall time; starts anew."""
+        now = time.perf_counter()
+        taken = {f"time/{phase}": spent for phase, spent in self._seconds.items()}
+        taken["time/step"] = now - self._began
+        self._seconds, self._began = {}, now
+        return taken
+
+
+class JsonLines:
+    """A JSONL file of rows with a "stage" and a "step", appended to line by line."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        _drop_half_line(self.path)
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """All rows in one write, flushed: a reader never sees a step by half."""
+        self._file.write("".join(_dumps(row) + "\n" for row in rows))
+        self._file.flush()
+
+    def truncate(self, stage: str, step: int) -> int:
+        """Drop the rows of `stage` after `step`; returns how many. Other stages stay."""
+        self._file.close()
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if not _is_after(json.loads(line), stage, step)]
+        if len(kept) < len(lines):
+            beside = self.path.with_name(self.path.name + ".tmp")
+            beside.write_text("".join(kept), encoding="utf-8")
+            os.replace(beside, self.path)
+        self._file = self.path.open("a", encoding="utf-8")
+        return len(lines) - len(kept)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class MetricsWriter:
+    """Scalars of a run: `metrics.jsonl`, and TensorBoard files under `tensorboard/<stage>`."""
+
+    def __init__(self, workdir: str | Path) -> None:
+        self._workdir = Path(workdir)
+        self._lines = JsonLines(self._workdir / METRICS_FILE)
+        self._boards: dict[str, SummaryWriter] = {}
+
+    def write(self, stage: str, step: int, metrics: Mapping[str, Any]) -> None:
+        """One row of finite or non-finite scalars; the latter are null in JSON."""
+        values = {name: float(value) for name, value in metrics.items()}
+        self._lines.append([{"stage": stage, "step": step, **values}])
+        board = self._board(stage, None)
+        for name, value in values.items():
+            board.add_scalar(name, value, step)
+
+    def truncate(self, stage: str, step: int) -> None:
+        """Forget what was written about `stage` after `step`: call it when a run resumes there."""
+        self._lines.truncate(stage, step)
+        self._board(stage, step + 1)
+
+    def close(self) -> None:
+        self._lines.close()
+        for board in self._boards.values():
+            board.close()
+
+    def _board(self, stage: str, purge_step: int | None) -> SummaryWriter:
+        if stage not in self._boards:
+            directory = str(self._workdir / "tensorboard" / stage)
+            self._boards[stage] = SummaryWriter(directory, purge_step=purge_step, flush_secs=20)
+        return self._boards[stage]
+
+
+class RolloutLog:
+    """Every completion of a run: prompt, text, factors, payoff matrix, the judge's reply."""
+
+    def __init__(self, workdir: str | Path, stage: str = "grpo") -> None:
+        self._stage = stage
+        self._lines = JsonLines(Path(workdir) / ROLLOUTS_FILE)
+
+    def write(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """One JSON line per completion; arrays become lists, non-finite numbers null."""
+        self._lines.append([{"stage": self._stage, "step": step, **row} for row in rows])
+
+    def truncate(self, step: int) -> None:
+        """Drop the rows of steps after `step`."""
+        self._lines.truncate(self._stage, step)
+
+    def close(self) -> None:
+        self._lines.close()
+
+
+def read_rows(path: str | Path) -> list[dict[str, Any]]:
+    """The complete rows of a JSONL file, null as NaN in none of them: values stay as written."""
+    text = Path(path).read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """How one metric reads on the console line."""
+
+    name: str
+    label: str
+    form: str
+    scale: float = 1.0
+
+
+COLUMNS = (
+    Column("sft/loss", "loss", "{:.4f}"),
+    Column("reward/total", "reward", "{:.3f}"),
+    Column("welfare/user", "user", "{:.3f}"),
+    Column("welfare/llm", "llm", "{:.3f}"),
+    Column("reward/format", "format", "{:.0f}%", 100),
+    Column("reward/right_action", "right", "{:.0f}%", 100),
+    Column("grpo/kl", "kl", "{:.4f}"),
+    Column("grpo/entropy", "entropy", "{:.3f}"),
+    Column("rollout/length", "length", "{:.0f}"),
+    Column("rollout/truncated", "cut", "{:.0f}%", 100),
+    Column("perf/tokens_per_s", "tok/s", "{:,.0f}"),
+)
+
+
+def step_line(metrics: Mapping[str, float]) -> str:
+    """The metrics of a step that have a column, in the order of `COLUMNS`, then its seconds.
+
+    A metric that is absent has no place in the line; one that is not finite is shown as it is.
+    """
+    parts = [
+        f"{column.label} {_shown(column, metrics[column.name])}"
+        for column in COLUMNS
+        if column.name in metrics
+    ]
+    phases = [
+        f"{name.removeprefix('time/')} {spent:.1f}"
+        for name, spent in metrics.items()
+        if name.startswith("time/") and name != "time/step" and spent >= 0.05
+    ]
+    if "time/step" in metrics:
+        detail = f" ({', '.join(phases)})" if phases else ""
+        parts.append(f"{metrics['time/step']:.1f}s{detail}")
+    return " | ".join(parts)
+
+
+class Console:
+    """What a person watches: one line per step, and a bar with the time left.
+
+    On a terminal the bar stays at the bottom; elsewhere (a log file) each line carries the count
+    and the time left instead.
+    """
+
+    def __init__(self, file: TextIO | None = None) -> None:
+        self._rich = RichConsole(file=file, highlight=False, soft_wrap=True)
+        self._bar: Progress | None = None
+        self._task: Any = None
+        self._stage, self._total, self._done = "", 0, 0
+        self._seconds: list[float] = []
+        self._last = 0.0
+
+    def say(self, text: str = "") -> None:
+        """A line (or a table) above the bar."""
+        self._rich.print(text, markup=False)
+
+    @contextlib.contextmanager
+    def stage(self, name: str, total: int, done: int = 0) -> Iterator[None]:
+        """The steps of one stage, `done` of `total` of them before (a resumed run)."""
+        self._stage, self._total, self._done = name, total, done
+        self._seconds, self._last = [], time.perf_counter()
+        if self._rich.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+                TimeElapsedColumn(), _TimeLeft(self), console=self._rich, transient=True,
+            )
+            self._task = self._bar.add_task(name, total=total, completed=done)
+            self._bar.start()
+        try:
+            yield
+        finally:
+            if self._bar is not None:
+                self._bar.stop()
+                self._bar = None
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Print the line of `step` (1 is the first) and move the bar there."""
+        now = time.perf_counter()
+        self._seconds.append((now - self._last) / max(step - self._done, 1))
+        self._last, self._done = now, step
+        head = f"{self._stage} {step:>{len(str(self._total))}}/{self._total}"
+        if self._bar is None:
+            head += f" [{self.time_left()} left]"
+        else:
+            self._bar.update(self._task, completed=step)
+        self.say(f"{head} | {step_line(metrics)}")
+
+    def time_left(self) -> str:
+        """Steps to go times the median of the last steps: a compilation does not distort it."""
+        recent = sorted(self._seconds[-15:])
+        if not recent:
+            return "-:--"
+        seconds = round((self._total - self._done) * recent[len(recent) // 2])
+        minutes, seconds = divmod(seconds, 60)
+        hours, minutes = divmod(minutes, 60)
+        return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+class _TimeLeft(ProgressColumn):
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{self._console.time_left()} left", style="cyan")
+
+
+def _shown(column: Column, value: float) -> str:
+    return column.form.format(value * column.scale) if math.isfinite(value) else str(value)
+
+
+def _is_after(row: Mapping[str, Any], stage: str, step: int) -> bool:
+    return row["stage"] == stage and row["step"] > step
+
+
+def _drop_half_line(path: Path) -> None:
+    if not path.exists():
+        return
+    with path.open("rb+") as file:
+        content = file.read()
+        file.truncate(content.rfind(b"\n") + 1)
+
+
+def _dumps(row: Mapping[str, Any]) -> str:
+    return json.dumps(_jsonable(row), ensure_ascii=False, allow_nan=False)
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _jsonable(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray | np.generic | jax.Array):
+        return _jsonable(value.tolist())
+    if isinstance(value, list | tuple):
+        return [_jsonable(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
