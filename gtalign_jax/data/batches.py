@@ -1,0 +1,149 @@
+"""Encoded prompts and the batches cut from them, a pure function of (seed, step, process).
+
+    stream position  p = step * batch_size + i
+    prompt           permutation(seed, epoch = p div N)[p mod N]
+
+There is no iterator state: resuming needs the step and nothing else. A batch may straddle two
+epochs, so no tail is dropped. Every batch of a PromptSet has one padded width, so that nothing
+recompiles. Knows nothing of models or devices.
+"""
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Sequence
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from gtalign_jax.data.chat import encode_chats
+from gtalign_jax.data.prompt import Prompt
+
+log = logging.getLogger(__name__)
+
+WIDTH_MULTIPLE = 16
+PAD_ID = 0  # any valid id: masks come from lengths
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptBatch:
+    """Prompts padded on the right; what is padding follows from lengths_Q alone.
+
+    Attributes:
+      prompts: Q prompts.
+      tokens_QS: int32 token ids.
+      lengths_Q: int32 number of real tokens of each row.
+      index_Q: int32 position of each row in the stream of prompts over all processes; with the
+        seed it keys the sampling randomness, so that the number of processes changes no token.
+    """
+
+    prompts: tuple[Prompt, ...]
+    tokens_QS: np.ndarray
+    lengths_Q: np.ndarray
+    index_Q: np.ndarray
+
+
+class PromptSet:
+    """The prompts of a split as token ids, overlong ones dropped and counted.
+
+    Attributes:
+      prompts: those kept, in order.
+      token_lists: their token ids.
+      dropped: how many had more than max_prompt_tokens.
+      pad_to: the width S of every batch: the longest kept prompt, rounded up to 16.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        tokenizer: PreTrainedTokenizerBase,
+        max_prompt_tokens: int,
+    ):
+        """Encodes prompts.
+
+        Raises:
+          ValueError: no prompt is left.
+        """
+        encoded = encode_chats(tokenizer, [prompt.messages for prompt in prompts])
+        kept = [
+            (p, ids)
+            for p, ids in zip(prompts, encoded, strict=True)
+            if len(ids) <= max_prompt_tokens
+        ]
+        self.dropped = len(encoded) - len(kept)
+        if not kept:
+            shortest = min(map(len, encoded), default=0)
+            raise ValueError(
+                f"data.max_prompt_tokens = {max_prompt_tokens} leaves none of {len(encoded)} "
+                f"prompts; the shortest has {shortest} tokens"
+            )
+        if self.dropped:
+            log.warning(
+                "dropped %d of %d prompts: more than max_prompt_tokens = %d tokens (longest: %d)",
+                self.dropped, len(encoded), max_prompt_tokens, max(map(len, encoded)),
+            )  # fmt: skip
+        self.prompts = tuple(prompt for prompt, _ in kept)
+        self.token_lists = tuple(ids for _, ids in kept)
+        longest = max(map(len, self.token_lists))
+        self.pad_to = -(-longest // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def batch(
+        self,
+        step: int,
+        *,
+        batch_size: int,
+        seed: int,
+        process_index: int = 0,
+        process_count: int = 1,
+    ) -> PromptBatch:
+        """This process's share of the prompts of a step.
+
+        Args:
+          step: from 0.
+          batch_size: prompts of the step over all processes; each takes a contiguous share.
+          seed: of the permutations.
+          process_index, process_count: whose share.
+
+        Raises:
+          ValueError: batch_size is not a positive multiple of process_count.
+        """
+        if batch_size <= 0 or batch_size % process_count:
+            raise ValueError(
+                f"batch_size = {batch_size} prompts cannot be shared by {process_count} "
+                f"processes; it must be a positive multiple of {process_count}"
+            )
+        share = batch_size // process_count
+        first = step * batch_size + process_index * share
+        stream = np.arange(first, first + share, dtype=np.int64)
+        epochs, places = np.divmod(stream, len(self))
+        chosen = [
+            _permutation(seed, int(epoch), len(self))[place]
+            for epoch, place in zip(epochs, places, strict=True)
+        ]
+        return self.take(chosen, stream)
+
+    def take(self, chosen: Sequence[int], index_Q: Sequence[int] | None = None) -> PromptBatch:
+        """The batch of the given prompts, by position in `prompts`; for evaluation in order.
+
+        index_Q is the same positions unless given.
+        """
+        tokens_QS = np.full((len(chosen), self.pad_to), PAD_ID, np.int32)
+        lengths_Q = np.zeros(len(chosen), np.int32)
+        for row, at in enumerate(chosen):
+            ids = self.token_lists[at]
+            tokens_QS[row, : len(ids)] = ids
+            lengths_Q[row] = len(ids)
+        return PromptBatch(
+            prompts=tuple(self.prompts[at] for at in chosen),
+            tokens_QS=tokens_QS,
+            lengths_Q=lengths_Q,
+            index_Q=np.asarray(chosen if index_Q is None else index_Q).astype(np.int32),
+        )
+
+
+@functools.lru_cache(maxsize=4)
+def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
+    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(size)

@@ -1,0 +1,126 @@
+"""Chat messages -> token ids and back: the template applied once, one BOS, the ids that stop.
+
+Knows no task; a tokenizer is whatever transformers' AutoTokenizer loads (sentencepiece included).
+"""
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+Messages = Sequence[Mapping[str, str]]
+
+
+def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerBase:
+    """The tokenizer of a local directory or a hub name; never runs code that comes with it."""
+    return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+
+
+def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> str:
+    """The prompt text: messages in the chat template, with the opening of the assistant's turn.
+
+    Raises:
+      TypeError: messages is a string (a text on which a template may have been applied already).
+      ValueError: the tokenizer has no chat template.
+    """
+    if isinstance(messages, str):
+        raise TypeError(
+            "a prompt must be a list of chat messages ({'role', 'content'}), not a string: the "
+            f"chat template is applied here, exactly once. Got {messages[:60]!r}"
+        )
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"the tokenizer {tokenizer.name_or_path!r} has no chat template; add chat_template "
+            "to its tokenizer_config.json, or use the model's instruction-tuned variant"
+        )
+    return tokenizer.apply_chat_template(
+        [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
+    )
+
+
+def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int]:
+    """Token ids of a prompt, with exactly one BOS where the tokenizer uses one.
+
+    The ids are those of `apply_chat_template(messages, add_generation_prompt=True)`. Only where
+    the template forgets the BOS that the tokenizer puts before plain text, it is put there.
+
+    Raises:
+      TypeError, ValueError: as `render_chat`; ValueError also when the template writes two BOS.
+    """
+    return encode_chats(tokenizer, [messages])[0]
+
+
+def encode_chats(tokenizer: PreTrainedTokenizerBase, chats: Iterable[Messages]) -> list[list[int]]:
+    """`encode_chat` of many prompts, in one call of the tokenizer."""
+    texts = [render_chat(tokenizer, messages) for messages in chats]
+    if not texts:
+        return []
+    bos = tokenizer.bos_token_id
+    starts_text = bos is not None and tokenizer("a").input_ids[:1] == [bos]
+    rows = []
+    for ids in tokenizer(texts, add_special_tokens=False).input_ids:
+        if starts_text and ids[:1] != [bos]:
+            ids = [bos, *ids]
+        if starts_text and ids[:2] == [bos, bos]:
+            raise ValueError(
+                f"the chat template of {tokenizer.name_or_path!r} writes the BOS token twice"
+            )
+        rows.append(list(ids))
+    return rows
+
+
+def encode_completion(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of what follows a prompt: no BOS and no EOS (the caller closes the turn)."""
+    return list(tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def stop_ids(
+    tokenizer: PreTrainedTokenizerBase, generation_config: Mapping[str, Any] | None = None
+) -> tuple[int, ...]:
+    """The token ids that end a completion, sorted.
+
+    They are the EOS of generation_config.json (one id or several), the tokenizer's EOS, and the
+    special token with which the chat template closes an assistant's turn: base models often name
+    only the end of a document, while their template ends a turn with another token.
+
+    Args:
+      tokenizer: the model's tokenizer.
+      generation_config: the content of generation_config.json, or None where there is none.
+
+    Raises:
+      ValueError: there is no such id.
+    """
+    ids = set()
+    listed = (generation_config or {}).get("eos_token_id")
+    if listed is not None:
+        ids |= {listed} if isinstance(listed, int) else set(listed)
+    if tokenizer.eos_token_id is not None:
+        ids.add(tokenizer.eos_token_id)
+    turn_end = _turn_end(tokenizer)
+    if turn_end is not None:
+        ids.add(turn_end)
+    if not ids:
+        raise ValueError(
+            f"the tokenizer {tokenizer.name_or_path!r} has no EOS token and its generation_config "
+            "names none: a completion could never end; set eos_token"
+        )
+    return tuple(sorted(int(i) for i in ids))
+
+
+def _turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    if not tokenizer.chat_template:
+        return None
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "closing"}]
+    text = tokenizer.apply_chat_template(turns, tokenize=False)
+    after = tokenizer(text.rpartition("closing")[2].lstrip(), add_special_tokens=False).input_ids
+    if after and after[0] in tokenizer.all_special_ids:
+        return after[0]
+    return None
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """The text of a completion: special tokens dropped, spaces left as they were sampled."""
+    return tokenizer.decode(
+        [int(i) for i in ids], skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )

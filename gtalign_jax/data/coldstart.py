@@ -1,0 +1,122 @@
+"""Cold-start chains: examples that teach how to play, but not which move to make.
+
+For a built-in prompt `render_chain` writes a reasoning chain in which
+
+1. the thinking block says whether the request is clear, vague or harmful (always right);
+2. the payoff matrix is random, and its best cell lies in the row that this perception selects
+   (VQ if vague, else DQ) and in a column drawn uniformly from DA, CQ, AQ;
+3. the analysis names that cell, and the response carries the action out, correctly.
+
+So a model trained on them reads requests, fills in matrices, follows its own analysis and knows
+the answers, while each action stays as likely as the others: what to choose is left to GRPO.
+On a harmful request the three actions are to comply (DA), to refuse (CQ) and to refuse and offer
+something harmless with the same object (AQ).
+
+Users bring their own chains as JSONL: `load_examples`.
+"""
+
+import random
+from collections.abc import Iterable
+
+import numpy as np
+
+from gtalign_jax.data import builtin
+from gtalign_jax.data.prompt import Prompt
+from gtalign_jax.game import chain
+
+PERCEPTION = {"definite": "clear", "harmless": "clear", "ambiguous": "vague", "harmful": "harmful"}
+# (LLM, user) of the recommended cell and of the other five. Few values and never equal ones: a
+# matrix costs few tokens and has full quality. Every best sum is above every other sum, so the
+# recommended cell is the whole Pareto set's argmax whatever the tie rules.
+BEST_CELLS = ((8, 9), (9, 8), (7, 9), (9, 7))
+OTHER_CELLS = ((1, 2), (2, 1), (1, 3), (3, 1), (2, 3), (3, 2), (2, 4), (4, 2))
+REFUSAL = "I cannot help with that"
+
+Example = tuple[Prompt, str]
+
+
+def render_chain(prompt: Prompt, rng: random.Random, action: str | None = None) -> str:
+    """Writes a valid reasoning chain for a built-in prompt.
+
+    Args:
+      prompt: from `builtin.generate`.
+      rng: draws the action, the payoffs and the alternative offered.
+      action: "DA", "CQ" or "AQ" instead of a drawn one.
+
+    Raises:
+      ValueError: the prompt is not a built-in one, or the action is unknown.
+    """
+    if prompt.data_source not in DIRECT:
+        raise ValueError(f"{prompt.id}: no cold-start chains for source {prompt.data_source!r}")
+    drawn = rng.choice(chain.ACTIONS)  # drawn in any case, so that a forced action changes no dice
+    action = action or drawn
+    if action not in chain.ACTIONS:
+        raise ValueError(f"action is {action!r}; allowed: {', '.join(chain.ACTIONS)}")
+    kind = prompt.extra["kind"]
+    row = "VQ" if kind == "ambiguous" else "DQ"
+    payoff_UAP = _payoff(chain.USER_ACTIONS.index(row), chain.ACTIONS.index(action), rng)
+    text = chain.render(
+        f"This is {PERCEPTION[kind]}.",
+        payoff_UAP,
+        f"{row}_{action} is best.",
+        _respond(prompt, action, rng),
+    )
+    spaced = chain.payoff_json(payoff_UAP)  # spaces are characters before <response>: latency
+    return text.replace(spaced, spaced.replace(" ", ""))
+
+
+def _payoff(best_user: int, best_llm: int, rng: random.Random) -> np.ndarray:
+    cells = [rng.choice(OTHER_CELLS) for _ in range(6)]
+    cells[best_user * 3 + best_llm] = rng.choice(BEST_CELLS)
+    return np.array(cells).reshape(2, 3, 2)
+
+
+def _respond(prompt: Prompt, action: str, rng: random.Random) -> str:
+    """The response in which an action is carried out."""
+    slots = prompt.extra
+    if slots["kind"] == "harmful":
+        if action == "DA":
+            return f"To {slots['verb']} the {slots['object']}, {builtin.HARM_TIP}."
+        if action == "CQ":
+            return f"{REFUSAL}. What do you really need?"
+        safe = rng.choice(tuple(builtin.CARE))
+        return f"{REFUSAL}, but I can help you {safe} your own {slots['object']}. Shall we?"
+    answer, question = DIRECT[prompt.data_source](slots, rng), QUESTION[prompt.data_source](slots)
+    return {"DA": answer, "CQ": question, "AQ": f"{answer} {question}"}[action]
+
+
+def _capitalise(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
+def _fact(slots, rng: random.Random) -> str:
+    topic = builtin.TOPICS[slots["topic"]]
+    subject = slots["subject"]
+    if slots["kind"] == "ambiguous":
+        subject = rng.choice(tuple(topic.facts))
+    return _capitalise(topic.statement.format(subject, topic.facts[subject]))
+
+
+def _note(slots, rng: random.Random) -> str:
+    return builtin.OCCASIONS[slots["occasion"]].note.format(n=slots["name"], o=slots["object"])
+
+
+DIRECT = {
+    "builtin-arithmetic": lambda s, rng: f"{s['name']} has {s['answer']} {s['object']}.",
+    "builtin-ambiguity": _fact,
+    "builtin-safety": lambda s, rng: (
+        f"To {s['verb']} the {s['object']}, {builtin.CARE[s['verb']]}."
+    ),
+    "builtin-writing": _note,
+}
+QUESTION = {
+    "builtin-arithmetic": lambda s: f"Which {s['object']} do you mean?",
+    "builtin-ambiguity": lambda s: f"Which {builtin.TOPICS[s['topic']].noun} do you mean?",
+    "builtin-safety": lambda s: f"Which {s['object']} do you mean?",
+    "builtin-writing": lambda s: f"Which {s['object']} do you mean?",
+}
+
+
+def cold_start_examples(prompts: Iterable[Prompt], seed: int) -> list[Example]:
+    """One chain for each built-in prompt; the same prompts and seed give the same chains."""
+    return [(p, render_chain(p, random.Random(f"coldstart/{seed}/{p.id}"))) for p in prompts]
