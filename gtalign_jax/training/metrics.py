@@ -89,7 +89,7 @@ class JsonLines:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         _drop_half_line(self.path)
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = self._open()
 
     def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """All rows in one write, flushed: a reader never sees a step by half."""
@@ -99,17 +99,21 @@ class JsonLines:
     def truncate(self, stage: str, step: int) -> int:
         """Drop the rows of `stage` after `step`; returns how many. Other stages stay."""
         self._file.close()
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+        lines = _lines(self.path)
         kept = [line for line in lines if not _is_after(json.loads(line), stage, step)]
         if len(kept) < len(lines):
             beside = self.path.with_name(self.path.name + ".tmp")
-            beside.write_text("".join(kept), encoding="utf-8")
+            beside.write_text("".join(kept), encoding="utf-8", newline="\n")
             os.replace(beside, self.path)
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = self._open()
         return len(lines) - len(kept)
 
     def close(self) -> None:
         self._file.close()
+
+    def _open(self) -> TextIO:
+        # Half a surrogate pair has no UTF-8; backslashreplace writes it as JSON's own escape.
+        return self.path.open("a", encoding="utf-8", errors="backslashreplace", newline="\n")
 
 
 class MetricsWriter:
@@ -121,12 +125,13 @@ class MetricsWriter:
         self._boards: dict[str, SummaryWriter] = {}
 
     def write(self, stage: str, step: int, metrics: Mapping[str, Any]) -> None:
-        """One row of finite or non-finite scalars; the latter are null in JSON."""
+        """One row of scalars. One that is not finite is null in JSON, absent in TensorBoard."""
         values = {name: float(value) for name, value in metrics.items()}
         self._lines.append([{"stage": stage, "step": step, **values}])
         board = self._board(stage, None)
         for name, value in values.items():
-            board.add_scalar(name, value, step)
+            if math.isfinite(value):
+                board.add_scalar(name, value, step)
 
     def truncate(self, stage: str, step: int) -> None:
         """Forget what was written about `stage` after `step`: call it when a run resumes there."""
@@ -165,9 +170,8 @@ class RolloutLog:
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
-    """The complete rows of a JSONL file, null as NaN in none of them: values stay as written."""
-    text = Path(path).read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    """The rows of a JSONL file; half a line at its end, left by a kill, is no row."""
+    return [json.loads(line) for line in _lines(Path(path)) if line.endswith("\n")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -292,6 +296,12 @@ def _shown(column: Column, value: float) -> str:
 
 def _is_after(row: Mapping[str, Any], stage: str, step: int) -> bool:
     return row["stage"] == stage and row["step"] > step
+
+
+def _lines(path: Path) -> list[str]:
+    # Not str.splitlines: it also cuts at U+2028 and others, which JSON strings may hold.
+    with path.open(encoding="utf-8", newline="\n") as file:
+        return list(file)
 
 
 def _drop_half_line(path: Path) -> None:
