@@ -103,7 +103,8 @@ def test_rollout_rows_hold_arrays_missing_values_and_any_text(tmp_path):
     log.truncate(1)
     log.close()
     (read,) = read_rows(tmp_path / "rollouts.jsonl")
-    assert read["step"] == 1 and read["prompt"] == "¿qué?\u2028" and read["completion"] == "a\nb\ud83d"
+    assert read["step"] == 1
+    assert read["prompt"] == "¿qué?\u2028" and read["completion"] == "a\nb\ud83d"
     assert read["payoff"] == [[[0, 1], [2, 3], [4, 5]], [[6, 7], [8, 9], [10, 11]]]
     assert read["judge_reply"] is None and read["valid"] is True and read["latency"] is None
 
