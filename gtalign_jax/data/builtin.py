@@ -211,7 +211,7 @@ class Draft(NamedTuple):
 
 def _arithmetic(rng: random.Random) -> Draft:
     name, things = rng.choice(NAMES), rng.choice(COUNTED)
-    first, second = rng.randint(1, 9), rng.randint(1, 9)
+    first, second = rng.randint(2, 9), rng.randint(1, 9)
     if rng.random() < 0.5:
         verb, result = rng.choice(GAINS), first + second
         story = f"{name} has {first} {things} and {verb} {second} more."

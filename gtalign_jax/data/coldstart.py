@@ -15,6 +15,7 @@ something harmless with the same object (AQ).
 Users bring their own chains as JSONL: `load_examples`.
 """
 
+import logging
 import random
 from collections.abc import Iterable
 
@@ -22,7 +23,10 @@ import numpy as np
 
 from gtalign_jax.data import builtin
 from gtalign_jax.data.prompt import Prompt
+from gtalign_jax.data.sources import MalformedRow, Row, read_jsonl, read_messages
 from gtalign_jax.game import chain
+
+log = logging.getLogger(__name__)
 
 PERCEPTION = {"definite": "clear", "harmless": "clear", "ambiguous": "vague", "harmful": "harmful"}
 # (LLM, user) of the recommended cell and of the other five. Few values and never equal ones: a
@@ -120,3 +124,48 @@ QUESTION = {
 def cold_start_examples(prompts: Iterable[Prompt], seed: int) -> list[Example]:
     """One chain for each built-in prompt; the same prompts and seed give the same chains."""
     return [(p, render_chain(p, random.Random(f"coldstart/{seed}/{p.id}"))) for p in prompts]
+
+
+def load_examples(path: str) -> list[Example]:
+    """A user's own chains: JSONL rows with `messages` (or `prompt`) and `completion`.
+
+    `data_source`, `ground_truth` and `question` are optional. Malformed rows are reported with
+    their number, skipped and counted.
+
+    Raises:
+      ValueError: no row is usable.
+      TypeError: a prompt that is a plain string.
+    """
+    rows, examples = read_jsonl(path), []
+    for number, row in enumerate(rows):
+        try:
+            examples.append(_read_example(row, f"chains:{number}"))
+        except MalformedRow as error:
+            log.warning("%s row %d skipped: %s", path, number, error)
+        except TypeError as error:
+            raise TypeError(f"{path} row {number}: {error}") from None
+    if len(examples) < len(rows):
+        log.warning("%s: skipped %d of %d rows", path, len(rows) - len(examples), len(rows))
+    if not examples:
+        raise ValueError(f"{path}: none of its {len(rows)} rows is usable")
+    return examples
+
+
+def _read_example(row: Row | MalformedRow, row_id: str) -> Example:
+    if isinstance(row, MalformedRow):
+        raise row
+    messages = read_messages(row.get("messages", row.get("prompt")))
+    completion = row.get("completion")
+    if not isinstance(completion, str):
+        raise MalformedRow(f"completion is {completion!r:.40}, not text")
+    parsed = chain.parse(completion)
+    if not parsed.format_ok:
+        raise MalformedRow(f"completion is no reasoning chain: {parsed.error or 'blocks astray'}")
+    prompt = Prompt(
+        id=row_id,
+        data_source=str(row.get("data_source", "")),
+        messages=messages,
+        ground_truth=str(row.get("ground_truth", "")),
+        question=str(row.get("question", messages[-1]["content"])),
+    )
+    return prompt, completion

@@ -49,6 +49,12 @@ WORD_PIECES = (
     r"|\s+(?!\S)"
     r"|\s"
 )
+# The cut that transformers' Qwen2Tokenizer always makes, whatever tokenizer.json says: beside a
+# Qwen2 config.json only a tokenizer with this very cut gives the same ids through AutoTokenizer.
+QWEN2_PIECES = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def train_tokenizer(
@@ -65,7 +71,9 @@ def train_tokenizer(
       vocab_size: an upper bound on the number of tokens, the 256 bytes included. Fewer are made
         where the texts do not hold so many repeated pieces.
       out_dir: where the tokenizer is saved, loadable by `AutoTokenizer`; None: nowhere.
-      chain_pieces: keep tags and JSON keys whole (see the module); without it, plain word pieces.
+      chain_pieces: keep tags and JSON keys whole (see the module). Save such a tokenizer beside a
+        Qwen3 or Llama model, not a Qwen2 one (see QWEN2_PIECES). Without it: plain word pieces,
+        fit for all of them.
 
     Returns:
       The tokenizer, with a ChatML template, `<|im_end|>` as EOS and a pad token of its own.
@@ -78,7 +86,7 @@ def train_tokenizer(
     if vocab_size <= floor:
         raise ValueError(f"vocab_size is {vocab_size}; it must be larger than {floor}")
     tokenizer = Tokenizer(models.BPE())
-    pieces = f"{CHAIN_PIECES}|{WORD_PIECES}" if chain_pieces else WORD_PIECES
+    pieces = f"{CHAIN_PIECES}|{WORD_PIECES}" if chain_pieces else QWEN2_PIECES
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(pieces), "isolated"),
