@@ -1,0 +1,272 @@
+"""The reasoning chain: text <-> (thinking, payoff, analyze, response) (paper section 3).
+
+    <thinking>...</thinking><payoff>{...}</payoff><analyze>...</analyze><response>...</response>
+
+A block is the text between its first opening tag and the first closing tag after that. Everything
+here is linear in the length of the text, never raises on any text, and evaluates nothing: a
+mistake of the model is data (`Chain.error`). Knows no tokenizer and no reward.
+
+The paper's own code differs on purpose in two points: it takes booleans and NaN or Infinity for
+payoffs; here they make the matrix unreadable.
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+USER_ACTIONS = ("VQ", "DQ")
+ACTIONS = ("DA", "CQ", "AQ")
+PLAYERS = ("LLM", "user")
+KEYS = tuple(f"{user}_{action}" for user in USER_ACTIONS for action in ACTIONS)
+BLOCKS = ("thinking", "payoff", "analyze", "response")
+
+MAX_PAYOFF_CHARS = 20_000
+MAX_BRACKETS = 64  # a matrix has seven; the rest is room for repeated keys
+
+SYSTEM = (
+    "You are an assistant in a repeated game with your user. A turn is good when both sides gain: "
+    "the user gets a correct, safe answer to what was really meant, with little to read and "
+    "little to wait for; you give it without wasted words. When a question leaves its meaning "
+    "open, asking can be worth more than guessing. When a request would harm somebody, offer the "
+    "nearest thing that helps without the harm."
+)
+
+INSTRUCTION = """\
+Before you answer, treat this turn as a game and write exactly four blocks, in this order, with \
+nothing before, between or after them:
+<thinking>...</thinking>
+<payoff>...</payoff>
+<analyze>...</analyze>
+<response>...</response>
+
+The user has asked in one of two ways: VQ, a question that is vague or can be read in several ways, \
+or DQ, one that is detailed and clear. You can act in three ways: DA, answer directly; CQ, ask one \
+clarifying question and no more; AQ, answer and add one follow-up question.
+
+<thinking>: two to five sentences. Say which kind of question this is, and what each of your three \
+actions would bring and cost both sides: being right, settling what was meant, time, length, safety.
+<payoff>: one strict JSON object, no comments and no trailing comma, with exactly the keys \
+"VQ_DA", "VQ_CQ", "VQ_AQ", "DQ_DA", "DQ_CQ", "DQ_AQ". The value of each is an object with exactly \
+two numbers, "LLM" (what you gain) and "user" (what the user gains), between -5 and 5 with at most \
+one decimal; higher is better.
+<analyze>: list the cells on the Pareto frontier: those for which no other cell is at least as good \
+for both sides and better for one. Among them choose the cell with the largest LLM + user; if \
+several tie, the largest user; if they still tie, the largest LLM. Name its key.
+<response>: carry the chosen action out for the user. No word about the game here."""
+
+BRIEF_INSTRUCTION = "Write thinking, payoff, analyze, response; act on the best cell."
+
+_CURLY_QUOTES = str.maketrans({"“": '"', "”": '"', "‘": "'", "’": "'"})
+_JOINTS = tuple(
+    re.compile(rf"</{before}>\s*<{after}>")
+    for before, after in zip(BLOCKS, BLOCKS[1:], strict=False)
+)
+_END = re.compile(r"</response>$", re.MULTILINE)
+# Each alternative eats all it can and nothing follows it, so no text makes it backtrack.
+_TOKEN = re.compile(
+    r"""(?P<skip>\s+|\#[^\n]*)|(?P<mark>[{}:,])"""
+    r"""|"(?P<double>[^"\\\n]*)"|'(?P<single>[^'\\\n]*)'"""
+    r"""|(?P<number>[+-]?\s?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)"""
+)
+
+
+@dataclass(frozen=True)
+class Chain:
+    """One completion, taken apart.
+
+    Attributes:
+      thinking, analyze, response: the stripped blocks, None where absent.
+      payoff: the matrix as written, {"VQ_DA": {"LLM": x, "user": y}, ...}; None if unreadable.
+      payoff_UAP: the same as float64 [2, 3, 2]; None if unreadable.
+      format_ok: the whole text is four blocks in order with a readable matrix (design: format = 1).
+      prefix: the text before the first `<response>`, what the user waits for.
+      error: why payoff or response is missing, else None.
+    """
+
+    thinking: str | None
+    payoff: dict[str, dict[str, float]] | None
+    analyze: str | None
+    response: str | None
+    payoff_UAP: np.ndarray | None
+    format_ok: bool
+    prefix: str
+    error: str | None
+
+
+def parse(text: str) -> Chain:
+    """Takes a completion apart; total over all strings."""
+    payoff_block = _block(text, "payoff")
+    payoff, payoff_UAP, error = None, None, "no <payoff> block"
+    if payoff_block is not None:
+        payoff, payoff_UAP, error = _read_payoff(payoff_block)
+    response = _block(text, "response")
+    if error is None and response is None:
+        error = "no closed <response> block"
+    return Chain(
+        thinking=_block(text, "thinking"),
+        payoff=payoff,
+        analyze=_block(text, "analyze"),
+        response=response,
+        payoff_UAP=payoff_UAP,
+        format_ok=payoff is not None and _is_four_blocks(text),
+        prefix=text.partition("<response>")[0],
+        error=error,
+    )
+
+
+def render(
+    thinking: str, payoff: Mapping[str, Mapping[str, float]] | np.ndarray, analyze: str,
+    response: str,
+) -> str:
+    """A well-formed chain; `payoff` is a mapping by key or a `payoff_UAP` array."""
+    if isinstance(payoff, Mapping):
+        payoff = np.array([[payoff[key][player] for player in PLAYERS] for key in KEYS])
+    return (
+        f"<thinking>{thinking}</thinking><payoff>{payoff_json(payoff)}</payoff>"
+        f"<analyze>{analyze}</analyze><response>{response}</response>"
+    )
+
+
+def payoff_json(payoff_UAP: np.ndarray) -> str:
+    """The matrix as the JSON object that the instruction asks for; whole numbers without `.0`."""
+    cells_IP = np.asarray(payoff_UAP, np.float64).reshape(len(KEYS), len(PLAYERS))
+    if not np.isfinite(cells_IP).all():
+        raise ValueError(f"payoffs must be finite, got {cells_IP.tolist()}")
+    cells = {
+        key: {player: _short(value) for player, value in zip(PLAYERS, row_P, strict=True)}
+        for key, row_P in zip(KEYS, cells_IP.tolist(), strict=True)
+    }
+    return json.dumps(cells)
+
+
+def _short(value: float) -> int | float:
+    return int(value) if value.is_integer() and abs(value) < 1e15 else value
+
+
+def _block(text: str, name: str) -> str | None:
+    # Two finds, not a lazy regex: many opening tags without a closing one would be quadratic.
+    _, opening, rest = text.partition(f"<{name}>")
+    inside, closing, _ = rest.partition(f"</{name}>")
+    return inside.strip() if opening and closing else None
+
+
+def _is_four_blocks(text: str) -> bool:
+    """Starts with `<thinking>`, has each joint after the one before, closes at a line end."""
+    if not text.startswith("<thinking>"):
+        return False
+    position = len("<thinking>")
+    for pattern in (*_JOINTS, _END):
+        match = pattern.search(text, position)
+        if match is None:
+            return False
+        position = match.end()
+    return True
+
+
+def _read_payoff(block: str) -> tuple[dict | None, np.ndarray | None, str | None]:
+    """(matrix as written, payoff_UAP, None) or (None, None, reason)."""
+    if len(block) > MAX_PAYOFF_CHARS:
+        return None, None, f"payoff block longer than {MAX_PAYOFF_CHARS} characters"
+    if sum(map(block.count, "{[(")) > MAX_BRACKETS:
+        return None, None, f"payoff block with more than {MAX_BRACKETS} brackets"
+    block = block.translate(_CURLY_QUOTES)
+    try:
+        matrix = json.loads(block)
+    except ValueError:  # also numbers of thousands of digits; no RecursionError: few brackets
+        try:
+            matrix = _read_literal(block)
+        except ValueError as error:
+            return None, None, f"payoff is neither JSON nor a Python dict: {error}"
+    error = _matrix_error(matrix)
+    if error is not None:
+        return None, None, error
+    cells = [[float(matrix[key][player]) for player in PLAYERS] for key in KEYS]
+    shape = (len(USER_ACTIONS), len(ACTIONS), len(PLAYERS))
+    return matrix, np.array(cells, np.float64).reshape(shape), None
+
+
+def _matrix_error(matrix: Any) -> str | None:
+    """What keeps a parsed value from being a payoff matrix, None if nothing does."""
+    if not isinstance(matrix, dict):
+        return f"payoff is a {type(matrix).__name__}, not an object"
+    if set(matrix) != set(KEYS):
+        missing = sorted(set(KEYS) - set(matrix))
+        extra = sorted(str(key)[:20] for key in set(matrix) - set(KEYS))
+        return f"payoff keys: missing {missing}, unexpected {extra[:6]}"
+    for key in KEYS:
+        cell = matrix[key]
+        if not isinstance(cell, dict) or set(cell) != set(PLAYERS):
+            return f"payoff cell {key} must hold exactly LLM and user"
+        for player in PLAYERS:
+            value = cell[player]
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                return f"payoff {key}.{player} is a {type(value).__name__}, not a number"
+            if not _is_finite(value):
+                return f"payoff {key}.{player} is not finite"
+    return None
+
+
+def _is_finite(value: int | float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond the largest float
+        return False
+
+
+def _read_literal(block: str) -> dict[str, dict[str, float]]:
+    """An object of objects of numbers in Python's notation: single quotes, trailing commas,
+    comments. Raises ValueError. Two levels are all there is, so nothing can recurse."""
+    tokens, end = [], 0
+    while match := _TOKEN.match(block, end):
+        if match["skip"] is None:
+            tokens.append(match)
+        end = match.end()
+    if end < len(block):
+        raise ValueError(f"unexpected {block[end : end + 12]!r} at character {end}")
+    kinds = iter(tokens)
+    matrix = _read_dict(kinds, lambda token: _read_dict(kinds, _read_number, token))
+    if next(kinds, None) is not None:
+        raise ValueError("text after the object")
+    return matrix
+
+
+def _read_dict(tokens, read_value, token: re.Match | None = None) -> dict:
+    """One `{name: value, ...}` from an iterator of tokens; `token` is its brace if already read."""
+    _expect(token or next(tokens, None), "{")
+    found = {}
+    while True:
+        token = next(tokens, None)
+        if token is not None and token["mark"] == "}":
+            return found
+        name = None if token is None else token["double"]
+        if name is None and token is not None:
+            name = token["single"]
+        if name is None:
+            raise ValueError(f"expected a quoted name or '}}' {_where(token)}")
+        _expect(next(tokens, None), ":")
+        found[name] = read_value(next(tokens, None))
+        token = next(tokens, None)
+        if token is not None and token["mark"] == "}":
+            return found
+        _expect(token, ",")
+
+
+def _read_number(token: re.Match | None) -> int | float:
+    if token is None or token["number"] is None:
+        raise ValueError(f"expected a number {_where(token)}")
+    digits = re.sub(r"\s", "", token["number"])
+    return int(digits) if re.fullmatch(r"[+-]?\d+", digits) else float(digits)
+
+
+def _expect(token: re.Match | None, mark: str) -> None:
+    if token is None or token["mark"] != mark:
+        raise ValueError(f"expected {mark!r} {_where(token)}")
+
+
+def _where(token: re.Match | None) -> str:
+    return "at the end" if token is None else f"before character {token.end()}"
