@@ -118,30 +118,40 @@ class PromptSet:
         share = batch_size // process_count
         first = step * batch_size + process_index * share
         stream = np.arange(first, first + share, dtype=np.int64)
-        epochs, places = np.divmod(stream, len(self))
-        chosen = [
-            _permutation(seed, int(epoch), len(self))[place]
-            for epoch, place in zip(epochs, places, strict=True)
-        ]
-        return self.take(chosen, stream)
+        return self.take(epoch_rows(len(self), stream, seed), stream)
 
     def take(self, chosen: Sequence[int], index_Q: Sequence[int] | None = None) -> PromptBatch:
         """The batch of the given prompts, by position in `prompts`; for evaluation in order.
 
         index_Q is the same positions unless given.
         """
-        tokens_QS = np.full((len(chosen), self.pad_to), PAD_ID, np.int32)
-        lengths_Q = np.zeros(len(chosen), np.int32)
-        for row, at in enumerate(chosen):
-            ids = self.token_lists[at]
-            tokens_QS[row, : len(ids)] = ids
-            lengths_Q[row] = len(ids)
+        tokens_QS, lengths_Q = pad_right([self.token_lists[at] for at in chosen], self.pad_to)
         return PromptBatch(
             prompts=tuple(self.prompts[at] for at in chosen),
             tokens_QS=tokens_QS,
             lengths_Q=lengths_Q,
             index_Q=np.asarray(chosen if index_Q is None else index_Q).astype(np.int32),
         )
+
+
+def epoch_rows(size: int, stream: Sequence[int], seed: int) -> list[int]:
+    """Which of `size` items stands at each position of an endless stream of shuffled epochs."""
+    epochs, places = np.divmod(np.asarray(stream, np.int64), size)
+    return [
+        int(_permutation(seed, int(epoch), size)[place])
+        for epoch, place in zip(epochs, places, strict=True)
+    ]
+
+
+def pad_right(rows: Sequence[Sequence[int]], width: int) -> tuple[np.ndarray, np.ndarray]:
+    """(ids `[n, width]`, lengths `[n]`), int32; raises ValueError where a row is longer."""
+    tokens = np.full((len(rows), width), PAD_ID, np.int32)
+    lengths = np.array([len(row) for row in rows], np.int32)
+    for at, row in enumerate(rows):
+        if len(row) > width:
+            raise ValueError(f"a row of {len(row)} tokens does not fit a width of {width}")
+        tokens[at, : len(row)] = row
+    return tokens, lengths
 
 
 @functools.lru_cache(maxsize=4)

@@ -1,0 +1,285 @@
+"""GRPO: group-relative advantages and the clipped policy-gradient update.
+
+    A = (R - mean_group) / (std_group + eps)
+    loss per token = -min(r A, clip(r, 1 - low, 1 + high) A) + beta KL(policy || reference)
+
+(DeepSeekMath, arXiv 2402.03300, eq. 3.) Options: no division by std and a constant length (Dr. GRPO,
+arXiv 2503.20783); sequence-level ratios (GSPO, arXiv 2507.18071); truncated importance sampling
+between sampler and trainer.
+
+Deviations from the GTAlign paper, which trains with PPO:
+  1. no critic: the group's mean is the baseline;
+  2. the KL term is in the loss, not in the reward;
+  3. a completion whose judge failed is missing: out of its group's statistics and of the loss.
+
+Every mean is a (sum, count): each token's weight is divided by the whole batch's count before the
+batch is cut, so that micro-batches and devices add up to exactly the full-batch gradient.
+This module knows no text and no reward.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from gtalign_jax.model.sharding import Layout
+from gtalign_jax.model.spec import ModelConfig, Params
+from gtalign_jax.rollout.filters import Filters
+from gtalign_jax.training.logp import completion_logps, completion_mask
+from gtalign_jax.training.metrics import Mean
+from gtalign_jax.training.micro import accumulate, cut, uncut
+from gtalign_jax.training.state import OptimizerConfig, TrainState, apply_gradients
+
+CHOICES = {
+    "std": ("group", "none"),
+    "ratio": ("token", "sequence"),
+    "kl": ("k1", "k2", "k3"),
+    "aggregation": ("token", "sequence", "constant"),
+    "old_logp": ("trainer", "sampler"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class GRPOConfig(OptimizerConfig):
+    """The GRPO stage. Batches are counted in prompts; see the table that a run prints."""
+
+    steps: int = 150
+    prompts_per_step: int = 64  # Q
+    samples_per_prompt: int = 8  # G
+    micro_batch_prompts: int = 0  # prompts per forward/backward; 0: all of a minibatch
+    minibatches: int = 1  # optimizer updates per pass over a step's batch
+    epochs: int = 1  # passes over a step's batch
+    std: str = "group"  # "none": Dr. GRPO
+    adv_epsilon: float = 1e-4
+    normalizer: str = "none"  # per-source normaliser before grouping (reward/normalizers.py)
+    ratio: str = "token"  # "sequence": GSPO
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    aggregation: str = "token"  # "sequence": mean of means; "constant": Dr. GRPO
+    reference: bool = True  # hold a frozen reference policy
+    beta: float = 0.001  # weight of the KL towards it
+    kl: str = "k3"
+    kl_clamp: float = 10.0  # |log ratio| to the reference is clamped here
+    old_logp: str = "trainer"  # "sampler": trust the sampler's log-probabilities
+    truncated_is: float = 0.0  # cap of exp(trainer logp - sampler logp); 0: off
+    mask_truncated: bool = False  # keep completions cut at the limit out of the loss
+    logit_chunk: int = 128
+    remat: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key, allowed in CHOICES.items():
+            if getattr(self, key) not in allowed:
+                raise ValueError(
+                    f"grpo.{key}={getattr(self, key)!r}: expected one of {allowed}"
+                )
+        if self.beta < 0:
+            raise ValueError(f"grpo.beta={self.beta}: must be >= 0")
+        if self.reference and self.beta == 0:
+            raise ValueError(
+                "grpo.reference=True with grpo.beta=0: the reference would be held in memory and "
+                "never used; set grpo.reference=False, or grpo.beta > 0"
+            )
+        if self.beta > 0 and not self.reference:
+            raise ValueError(
+                f"grpo.beta={self.beta} with grpo.reference=False: the KL needs a reference; set "
+                "grpo.reference=True, or grpo.beta=0"
+            )
+
+    @property
+    def updates_per_step(self) -> int:
+        return self.minibatches * self.epochs
+
+    @property
+    def needs_old_logp(self) -> bool:
+        """One update on its own samples is on-policy: the old policy is the current one."""
+        return self.updates_per_step > 1 and self.old_logp == "trainer"
+
+
+@struct.dataclass
+class Batch:
+    """Scored rollouts. `valid_QG`: judged, and not masked; `old_logp_QGT` None: on-policy."""
+
+    prompt_QS: jax.Array
+    prompt_lengths_Q: jax.Array
+    tokens_QGT: jax.Array
+    lengths_QG: jax.Array
+    adv_QG: jax.Array
+    valid_QG: jax.Array
+    sampler_logp_QGT: jax.Array
+    old_logp_QGT: jax.Array | None = None
+
+
+def advantages(reward_QG, valid_QG, *, std: str = "group", epsilon: float = 1e-4) -> jax.Array:
+    """Group-relative advantages `[Q, G]`, float32.
+
+    Statistics (ddof 0) run over the valid members only; others get 0. A group whose valid rewards
+    are all exactly equal, or with fewer than two, gives zeros: rounding in the mean is no signal.
+    """
+    reward_QG = jnp.where(valid_QG, reward_QG.astype(jnp.float32), 0.0)
+    count_Q1 = jnp.maximum(valid_QG.sum(axis=1, keepdims=True), 1)
+    centred = jnp.where(valid_QG, reward_QG - reward_QG.sum(1, keepdims=True) / count_Q1, 0.0)
+    low_Q1 = jnp.min(reward_QG, axis=1, keepdims=True, where=valid_QG, initial=jnp.inf)
+    high_Q1 = jnp.max(reward_QG, axis=1, keepdims=True, where=valid_QG, initial=-jnp.inf)
+    if std == "group":
+        variance_Q1 = (centred**2).sum(axis=1, keepdims=True) / count_Q1
+        centred = centred / (jnp.sqrt(variance_Q1) + epsilon)
+    return jnp.where(valid_QG & (high_Q1 > low_Q1), centred, 0.0)
+
+
+def token_weights(lengths_QG, valid_QG, T: int, aggregation: str) -> jax.Array:
+    """`[Q, G, T]` weights that sum a per-token loss into its mean over the whole batch.
+
+    "token": every token counts the same. "sequence": every row counts the same. "constant": every
+    row is divided by T, whatever its length. A batch without a valid token has zero weights.
+    """
+    live_QGT = (completion_mask(lengths_QG, T) & valid_QG[:, :, None]).astype(jnp.float32)
+    rows = (valid_QG & (lengths_QG > 0)).sum().astype(jnp.float32)
+    match aggregation:
+        case "token":
+            return live_QGT / jnp.maximum(live_QGT.sum(), 1.0)
+        case "sequence":
+            per_row = live_QGT / jnp.maximum(lengths_QG, 1)[:, :, None].astype(jnp.float32)
+            return per_row / jnp.maximum(rows, 1.0)
+        case "constant":
+            return live_QGT / (T * jnp.maximum(rows, 1.0))
+    raise ValueError(f"aggregation={aggregation!r}: expected one of {CHOICES['aggregation']}")
+
+
+def kl_estimate(logp, ref_logp, kind: str, clamp: float) -> jax.Array:
+    """Per-token estimates of KL(policy || reference) from samples of the policy.
+
+    With d = logp - ref_logp, clamped to ±clamp: k1 = d, k2 = d²/2, k3 = exp(-d) - 1 + d
+    (Schulman, "Approximating KL divergence"). As a loss term k1 has zero expected gradient.
+    """
+    d = jnp.clip(logp - ref_logp, -clamp, clamp)
+    match kind:
+        case "k1":
+            return d
+        case "k2":
+            return 0.5 * d * d
+        case "k3":
+            return jnp.expm1(-d) + d
+    raise ValueError(f"kl={kind!r}: expected one of {CHOICES['kl']}")
+
+
+def policy_loss(logp_QGT, batch: Batch, cfg: GRPOConfig) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Clipped surrogate per token `[Q, G, T]`, and what there is to watch about it.
+
+    Positions past a row's length must be masked by the caller.
+    """
+    mask_QGT = completion_mask(batch.lengths_QG, logp_QGT.shape[2])
+    old = jax.lax.stop_gradient(logp_QGT) if batch.old_logp_QGT is None else batch.old_logp_QGT
+    log_ratio = jnp.where(mask_QGT, logp_QGT - old, 0.0)
+    if cfg.ratio == "sequence":
+        length = jnp.maximum(batch.lengths_QG, 1)[:, :, None]
+        mean = log_ratio.sum(axis=2, keepdims=True) / length
+        log_ratio = jnp.broadcast_to(mean, log_ratio.shape)
+    ratio = jnp.exp(jnp.clip(log_ratio, -20.0, 20.0))
+    adv_QG1 = batch.adv_QG[:, :, None]
+    plain = ratio * adv_QG1
+    clipped = jnp.clip(ratio, 1 - cfg.clip_low, 1 + cfg.clip_high) * adv_QG1
+    loss = -jnp.minimum(plain, clipped)
+    gap = jax.lax.stop_gradient(jnp.where(mask_QGT, logp_QGT, 0.0)) - batch.sampler_logp_QGT
+    if cfg.truncated_is > 0:
+        behaviour = jnp.where(mask_QGT, old - batch.sampler_logp_QGT, 0.0)
+        weight = jnp.minimum(jnp.exp(jnp.minimum(behaviour, 20.0)), cfg.truncated_is)
+        loss = loss * jax.lax.stop_gradient(weight)
+    return loss, {"ratio": ratio, "clip_fraction": (clipped < plain) * 1.0, "gap": jnp.abs(gap)}
+
+
+def _loss(params: Params, cfg: ModelConfig, grpo: GRPOConfig, filters: Filters, dtype: Any,
+          batch: Batch, weights_QGT, ref_logp_QGT) -> tuple[jax.Array, dict[str, Any]]:
+    logp, entropy = completion_logps(
+        params, cfg, batch.prompt_QS, batch.prompt_lengths_Q, batch.tokens_QGT, filters=filters,
+        logit_chunk=grpo.logit_chunk, dtype=dtype, remat=grpo.remat,
+    )
+    per_token, seen = policy_loss(logp, batch, grpo)
+    live = weights_QGT > 0
+    count = live.sum().astype(jnp.float32)
+
+    def mean(x: jax.Array) -> Mean:
+        return Mean(jax.lax.stop_gradient(jnp.where(live, x, 0.0).sum()), count)
+
+    means = {
+        "grpo/entropy": mean(entropy),
+        "grpo/clip_fraction": mean(seen["clip_fraction"]),
+        "grpo/ratio": mean(seen["ratio"]),
+        "rollout/logp_gap": mean(seen["gap"]),
+    }
+    if ref_logp_QGT is not None:
+        kl = kl_estimate(logp, ref_logp_QGT, grpo.kl, grpo.kl_clamp)
+        means["grpo/kl"] = mean(kl)
+        per_token = per_token + grpo.beta * kl
+    loss = (jnp.where(live, per_token, 0.0) * weights_QGT).sum()
+    gap = jnp.where(live, seen["gap"], 0.0)
+    return loss, {"means": means, "maxima": {"rollout/logp_gap_max": gap.max()}}
+
+
+def loss_and_grads(params: Params, ref_params: Params | None, batch: Batch, *, cfg: ModelConfig,
+                   grpo: GRPOConfig, filters: Filters = Filters(), dtype: Any = jnp.float32):
+    """(loss, gradients, metrics) of a batch, accumulated over micro-batches of prompts."""
+    Q, _, T = batch.tokens_QGT.shape
+    weights_QGT = token_weights(batch.lengths_QG, batch.valid_QG, T, grpo.aggregation)
+
+    def one(piece: tuple[Batch, jax.Array]):
+        part, weights = piece
+        ref_logp = None
+        if ref_params is not None:
+            ref_logp, _ = jax.lax.stop_gradient(completion_logps(
+                ref_params, cfg, part.prompt_QS, part.prompt_lengths_Q, part.tokens_QGT,
+                filters=filters, logit_chunk=grpo.logit_chunk, dtype=dtype,
+            ))
+        (loss, seen), grads = jax.value_and_grad(_loss, has_aux=True)(
+            params, cfg, grpo, filters, dtype, part, weights, ref_logp
+        )
+        return (loss, grads, seen["means"]), seen["maxima"]
+
+    pieces = Q // (grpo.micro_batch_prompts or Q)
+    (loss, grads, means), maxima = accumulate(one, (batch, weights_QGT), pieces)
+    return loss, grads, {"means": means, "maxima": maxima}
+
+
+def make_update(cfg: ModelConfig, grpo: GRPOConfig, optimizer: optax.GradientTransformation, *,
+                filters: Filters = Filters(), dtype: Any = jnp.float32) -> Callable:
+    """The jitted `update(state, ref_params, batch) -> (state', metrics)`; `state` is donated.
+
+    Metrics are `{"means": {name: Mean}, "maxima": {name: scalar}}`. Shardings come from the
+    arguments: gradients and moments lie where the weights lie.
+    """
+    def update(state: TrainState, ref_params: Params | None, batch: Batch):
+        loss, grads, seen = loss_and_grads(
+            state.params, ref_params, batch, cfg=cfg, grpo=grpo, filters=filters, dtype=dtype
+        )
+        one = jnp.ones(())
+        seen["means"]["grpo/loss"] = Mean(loss, one)
+        seen["means"]["grpo/grad_norm"] = Mean(optax.tree.norm(grads), one)
+        return apply_gradients(state, grads, optimizer), seen
+
+    return jax.jit(update, donate_argnames=("state",))
+
+
+def make_logps(cfg: ModelConfig, grpo: GRPOConfig, *, filters: Filters = Filters(),
+               dtype: Any = jnp.float32) -> Callable[..., jax.Array]:
+    """The jitted `logps(params, batch) -> logp_QGT` with the training graph, in micro-batches."""
+    def logps(params: Params, batch: Batch) -> jax.Array:
+        def one(part: Batch) -> jax.Array:
+            return completion_logps(
+                params, cfg, part.prompt_QS, part.prompt_lengths_Q, part.tokens_QGT,
+                filters=filters, logit_chunk=grpo.logit_chunk, dtype=dtype,
+            )[0]
+
+        Q = batch.tokens_QGT.shape[0]
+        pieces = Q // (grpo.micro_batch_prompts or Q)
+        return one(batch) if pieces <= 1 else uncut(jax.lax.map(one, cut(batch, pieces)))
+
+    return jax.jit(logps)
+
+
+def place(batch: Batch, layout: Layout) -> Batch:
+    """Moves a batch to the devices, cut by prompt."""
+    return jax.tree.map(lambda x: jax.device_put(x, layout.sharding("prompts")), batch)

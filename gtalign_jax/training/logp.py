@@ -1,0 +1,71 @@
+"""Log-probabilities of completions under a policy, sharing each group's prompt.
+
+The head runs over chunks of the time axis and is recomputed in the backward pass, so no
+[.., T, V] array exists: the largest has `logit_chunk` positions per row.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from gtalign_jax.model import forward
+from gtalign_jax.model.spec import ModelConfig, Params
+from gtalign_jax.rollout import filters as filters_lib
+from gtalign_jax.rollout.filters import Filters
+
+
+def completion_mask(lengths_QG: jax.Array, T: int) -> jax.Array:
+    """True where a completion token is real, `[Q, G, T]`."""
+    return jnp.arange(T)[None, None, :] < lengths_QG[:, :, None]
+
+
+def completion_logps(params: Params, cfg: ModelConfig, prompt_QS, prompt_lengths_Q, tokens_QGT, *,
+                     filters: Filters = Filters(), logit_chunk: int = 128, dtype=jnp.float32,
+                     remat: bool = False) -> tuple[jax.Array, jax.Array]:
+    """(log-probability, entropy in nats), float32 `[Q, G, T]`, of every completion position.
+
+    Args:
+      prompt_QS, prompt_lengths_Q: whole prompts, right-padded, one per group.
+      tokens_QGT: completions, right-padded. Values past a row's length are finite and meaningless:
+        mask them.
+      filters: those of the sampler, so that both sides speak of one distribution.
+      dtype: of the matmuls; the log-softmax is float32.
+    """
+    params = jax.tree.map(lambda w: w.astype(dtype), params)
+    last_Q, stream_lengths_Q = forward.split_prompt(prompt_QS, prompt_lengths_Q)
+    first_QG1 = jnp.broadcast_to(last_Q[:, None, None], (*tokens_QGT.shape[:2], 1))
+    rows_QGT = jnp.concatenate([first_QG1.astype(tokens_QGT.dtype), tokens_QGT[:, :, :-1]], axis=2)
+    hidden_QGTD = forward.shared_hidden(
+        params, cfg, prompt_QS, stream_lengths_Q, rows_QGT, remat=remat
+    )
+    return _chunked_head(params, cfg, hidden_QGTD, tokens_QGT, filters, logit_chunk)
+
+
+def _chunked_head(params: Params, cfg: ModelConfig, hidden_QGTD, tokens_QGT, filters: Filters,
+                  logit_chunk: int) -> tuple[jax.Array, jax.Array]:
+    Q, G, T, D = hidden_QGTD.shape
+    chunks = -(-T // logit_chunk)
+    width = -(-T // chunks)
+    pad = chunks * width - T
+    hidden_QGTD = jnp.pad(hidden_QGTD, ((0, 0), (0, 0), (0, pad), (0, 0)))
+    tokens_QGT = jnp.pad(tokens_QGT, ((0, 0), (0, 0), (0, pad)))
+
+    @jax.checkpoint
+    def head(hidden_QGCD, tokens_QGC):
+        logits_QGCV = forward.logits(params, cfg, hidden_QGCD)
+        logits_QGCV = filters_lib.apply(logits_QGCV, filters, keep_ids=tokens_QGC)
+        total_QGC = jax.nn.logsumexp(logits_QGCV, axis=-1)
+        picked = jnp.take_along_axis(logits_QGCV, tokens_QGC[..., None], axis=-1)[..., 0]
+        p_QGCV = jnp.exp(jax.lax.stop_gradient(logits_QGCV - total_QGC[..., None]))
+        # Entropy is reported, not trained: no gradient, so nothing is kept for it.
+        entropy_QGC = jax.lax.stop_gradient(total_QGC) - (
+            p_QGCV * jax.lax.stop_gradient(logits_QGCV)
+        ).sum(axis=-1)
+        return picked - total_QGC, entropy_QGC
+
+    if chunks == 1:
+        return head(hidden_QGTD, tokens_QGT)
+    hidden = jnp.moveaxis(hidden_QGTD.reshape(Q, G, chunks, width, D), 2, 0)
+    tokens = jnp.moveaxis(tokens_QGT.reshape(Q, G, chunks, width), 2, 0)
+    logp, entropy = jax.lax.map(lambda xs: head(*xs), (hidden, tokens))
+    join = lambda x: jnp.moveaxis(x, 0, 2).reshape(Q, G, chunks * width)[:, :, :T]  # noqa: E731
+    return join(logp), join(entropy)

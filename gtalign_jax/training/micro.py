@@ -1,0 +1,46 @@
+"""Micro-batches: a function of a batch as an exact sum over its pieces."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def cut(tree: Any, pieces: int) -> Any:
+    """Cuts the leading axis of every leaf into `pieces`, strided: `[P, n / P, ...]`.
+
+    Strided, so that every device keeps a share of each piece.
+    """
+    def one(x: jax.Array) -> jax.Array:
+        return jnp.swapaxes(x.reshape(x.shape[0] // pieces, pieces, *x.shape[1:]), 0, 1)
+
+    return jax.tree.map(one, tree)
+
+
+def uncut(tree: Any) -> Any:
+    """Undoes `cut`: `[P, n / P, ...] -> [n, ...]`."""
+    def one(x: jax.Array) -> jax.Array:
+        return jnp.swapaxes(x, 0, 1).reshape(x.shape[0] * x.shape[1], *x.shape[2:])
+
+    return jax.tree.map(one, tree)
+
+
+def accumulate(fn: Callable[[Any], tuple[Any, Any]], batch: Any, pieces: int) -> tuple[Any, Any]:
+    """`fn(piece) -> (sums, maxima)` over all pieces: the first tree added, the second's maximum."""
+    if pieces <= 1:
+        return fn(batch)
+    parts = cut(batch, pieces)
+    shapes = jax.eval_shape(fn, jax.tree.map(lambda x: x[0], parts))
+    start = (
+        jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes[0]),
+        jax.tree.map(lambda s: jnp.full(s.shape, -jnp.inf, s.dtype), shapes[1]),
+    )
+
+    def step(carry, piece):
+        sums, maxima = fn(piece)
+        return (
+            jax.tree.map(jnp.add, carry[0], sums), jax.tree.map(jnp.maximum, carry[1], maxima)
+        ), None
+
+    return jax.lax.scan(step, start, parts)[0]

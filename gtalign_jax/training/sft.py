@@ -1,0 +1,101 @@
+"""Cold start: supervised fine-tuning on rendered reasoning chains.
+
+    loss = -mean over completion tokens of log p(token | prompt, tokens before)
+
+The loss is on the completion alone (its stop token included), never on the prompt. A row is a
+group of one, so that this stage runs the very forward pass of the GRPO update.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from gtalign_jax.data.batches import epoch_rows, pad_right
+from gtalign_jax.model.spec import ModelConfig, Params
+from gtalign_jax.training.logp import completion_logps, completion_mask
+from gtalign_jax.training.metrics import Mean
+from gtalign_jax.training.micro import accumulate
+from gtalign_jax.training.state import OptimizerConfig, TrainState, apply_gradients
+
+
+@dataclasses.dataclass(frozen=True)
+class SFTConfig(OptimizerConfig):
+    """The cold-start stage."""
+
+    steps: int = 100
+    batch_size: int = 32  # rows per update
+    micro_batch_size: int = 0  # rows per forward/backward; 0: all
+    examples: str = "builtin"  # "builtin", or a JSONL file of {"messages", "completion"}
+    max_completion_tokens: int = 1024
+    logit_chunk: int = 128
+    remat: bool = False
+
+
+@struct.dataclass
+class SFTBatch:
+    """Prompts `[B, S]` and completions `[B, T]`, right-padded, with their lengths."""
+
+    prompt_BS: jax.Array
+    prompt_lengths_B: jax.Array
+    tokens_BT: jax.Array
+    lengths_B: jax.Array
+
+
+def loss_and_grads(params: Params, batch: SFTBatch, *, cfg: ModelConfig, sft: SFTConfig,
+                   dtype: Any = jnp.float32):
+    """(mean negative log-likelihood in nats per token, gradients), exact under micro-batches."""
+    B, T = batch.tokens_BT.shape
+    live_BT = completion_mask(batch.lengths_B[:, None], T)[:, 0]
+    weights_BT = live_BT / jnp.maximum(live_BT.sum(), 1)
+
+    def loss(params: Params, part: SFTBatch, weights: jax.Array) -> jax.Array:
+        logp_B1T, _ = completion_logps(
+            params, cfg, part.prompt_BS, part.prompt_lengths_B, part.tokens_BT[:, None],
+            logit_chunk=sft.logit_chunk, dtype=dtype, remat=sft.remat,
+        )
+        return -(jnp.where(weights > 0, logp_B1T[:, 0], 0.0) * weights).sum()
+
+    def one(piece: tuple[SFTBatch, jax.Array]):
+        return jax.value_and_grad(loss)(params, *piece), {}
+
+    (total, grads), _ = accumulate(one, (batch, weights_BT), B // (sft.micro_batch_size or B))
+    return total, grads
+
+
+def make_update(cfg: ModelConfig, sft: SFTConfig, optimizer: optax.GradientTransformation, *,
+                dtype: Any = jnp.float32) -> Callable:
+    """The jitted `update(state, batch) -> (state', metrics)`; `state` is donated."""
+    def update(state: TrainState, batch: SFTBatch):
+        loss, grads = loss_and_grads(state.params, batch, cfg=cfg, sft=sft, dtype=dtype)
+        one = jnp.ones(())
+        means = {
+            "sft/loss": Mean(loss, one),
+            "sft/grad_norm": Mean(optax.tree.norm(grads), one),
+            "sft/tokens": Mean(batch.lengths_B.sum().astype(jnp.float32), one),
+        }
+        return apply_gradients(state, grads, optimizer), {"means": means, "maxima": {}}
+
+    return jax.jit(update, donate_argnames=("state",))
+
+
+@dataclasses.dataclass(frozen=True)
+class ExampleSet:
+    """Tokenised (prompt, completion) pairs. `batch(step)` is a pure function of seed and step."""
+
+    prompts: Sequence[Sequence[int]]
+    completions: Sequence[Sequence[int]]
+    prompt_width: int
+    completion_width: int
+
+    def batch(self, step: int, *, batch_size: int, seed: int) -> SFTBatch:
+        """Rows `step * batch_size …` of an endless sequence of shuffled epochs."""
+        stream = range(step * batch_size, (step + 1) * batch_size)
+        rows = epoch_rows(len(self.prompts), stream, seed)
+        prompt_BS, prompt_lengths_B = pad_right([self.prompts[i] for i in rows], self.prompt_width)
+        tokens_BT, lengths_B = pad_right([self.completions[i] for i in rows], self.completion_width)
+        return SFTBatch(prompt_BS, prompt_lengths_B, tokens_BT, lengths_B)

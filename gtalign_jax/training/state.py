@@ -1,0 +1,131 @@
+"""What training carries from step to step, and the optimizer that moves it.
+
+`TrainState` holds float32 master parameters, the optimizer's state and the number of optimizer
+updates done. Schedules count those updates, never micro-batches or rollout steps.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import NamedSharding, PartitionSpec
+
+from gtalign_jax.model.sharding import Layout, param_shardings
+from gtalign_jax.model.spec import ModelConfig, Params, abstract_params
+
+DECAYS = ("constant", "linear", "cosine")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with warm-up, decay and gradient clipping."""
+
+    learning_rate: float = 1e-6
+    warmup_updates: int = 0  # linear from 0; update number warmup_updates runs at learning_rate
+    decay: str = "constant"  # after warm-up, to `final_fraction` at the last update
+    final_fraction: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.decay not in DECAYS:
+            raise ValueError(f"decay={self.decay!r}: expected one of {DECAYS}")
+        for key in ("learning_rate", "clip_norm", "eps"):
+            if getattr(self, key) <= 0:
+                raise ValueError(f"{key}={getattr(self, key)}: must be > 0")
+        if self.warmup_updates < 0:
+            raise ValueError(f"warmup_updates={self.warmup_updates}: must be >= 0")
+
+
+@struct.dataclass
+class TrainState:
+    """params: float32 master weights; opt_state: optax's; updates: optimizer updates done."""
+
+    params: Params
+    opt_state: Any
+    updates: jax.Array
+
+
+def schedule(cfg: OptimizerConfig, total_updates: int) -> optax.Schedule:
+    """Learning rate of update number n = 0, 1, … ."""
+    peak, rest = cfg.learning_rate, max(total_updates - cfg.warmup_updates, 1)
+    match cfg.decay:
+        case "linear":
+            after = optax.linear_schedule(peak, peak * cfg.final_fraction, rest)
+        case "cosine":
+            after = optax.cosine_decay_schedule(peak, rest, cfg.final_fraction)
+        case _:
+            after = optax.constant_schedule(peak)
+    if cfg.warmup_updates == 0:
+        return after
+    warmup = optax.linear_schedule(0.0, peak, cfg.warmup_updates)
+    return optax.join_schedules([warmup, after], [cfg.warmup_updates])
+
+
+def make_optimizer(cfg: OptimizerConfig, total_updates: int) -> optax.GradientTransformation:
+    """Clip by global norm, then AdamW; weight decay spares norms and biases."""
+    def decayed(params: Params) -> Any:
+        def is_matrix(path: Any, leaf: Any) -> bool:
+            name = jax.tree_util.keystr(path)
+            return "norm" not in name and "bias" not in name
+
+        return jax.tree_util.tree_map_with_path(is_matrix, params)
+
+    return optax.chain(
+        optax.clip_by_global_norm(cfg.clip_norm),
+        optax.adamw(
+            schedule(cfg, total_updates), cfg.b1, cfg.b2, cfg.eps,
+            weight_decay=cfg.weight_decay, mask=decayed,
+        ),
+    )
+
+
+def state_shardings(cfg: ModelConfig, optimizer: optax.GradientTransformation,
+                    layout: Layout) -> TrainState:
+    """Shardings in the shape of `TrainState`: moments lie where their weights lie."""
+    abstract = jax.eval_shape(lambda p: new_state(p, optimizer), abstract_params(cfg))
+    params = param_shardings(cfg, layout)
+    everywhere = NamedSharding(layout.mesh, PartitionSpec())
+    opt_state = optax.tree.map_params(
+        optimizer, lambda _, sharding: sharding, abstract.opt_state, params,
+        transform_non_params=lambda _: everywhere,
+    )
+    return TrainState(params, opt_state, everywhere)
+
+
+def new_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first update."""
+    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+
+
+def make_state(params: Params, cfg: ModelConfig, optimizer: optax.GradientTransformation,
+               layout: Layout) -> TrainState:
+    """`new_state`, laid out by rule. The state owns copies: it may be donated, `params` lives on."""
+    shardings = state_shardings(cfg, optimizer, layout)
+    copy = jax.jit(
+        lambda p: new_state(jax.tree.map(jnp.copy, p), optimizer), out_shardings=shardings
+    )
+    return copy(params)
+
+
+def abstract_state(cfg: ModelConfig, optimizer: optax.GradientTransformation,
+                   layout: Layout) -> TrainState:
+    """`ShapeDtypeStruct`s with shardings in the shape of `TrainState`, to restore into."""
+    shapes = jax.eval_shape(lambda p: new_state(p, optimizer), abstract_params(cfg))
+    return jax.tree.map(
+        lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
+        shapes, state_shardings(cfg, optimizer, layout),
+    )
+
+
+def apply_gradients(state: TrainState, grads: Params,
+                    optimizer: optax.GradientTransformation) -> TrainState:
+    """One optimizer update."""
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    return TrainState(optax.apply_updates(state.params, updates), opt_state, state.updates + 1)
