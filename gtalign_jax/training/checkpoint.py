@@ -40,6 +40,15 @@ class CheckpointError(RuntimeError):
     """A checkpoint that could not be written, or one that this run must not continue."""
 
 
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one: {"a": {"b": 1}} -> {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        flat.update(flatten(value, f"{path}.") if isinstance(value, Mapping) else {path: value})
+    return flat
+
+
 class Checkpointer:
     """The checkpoints of one run, in one directory (local or gs://)."""
 
@@ -60,7 +69,7 @@ class Checkpointer:
         self.directory = text if "://" in text else os.path.abspath(text)
         self._read_only = read_only
         self._force = cfg.force or (read_only and fingerprint is None)
-        self._fingerprint = _flatten(json.loads(json.dumps(dict(fingerprint or {}))))
+        self._fingerprint = flatten(json.loads(json.dumps(dict(fingerprint or {}))))
         options = ocp.CheckpointManagerOptions(
             max_to_keep=None if read_only else cfg.keep,
             read_only=read_only,
@@ -176,14 +185,6 @@ class Checkpointer:
             raise CheckpointError(
                 f"the checkpoint of step {step} in {self.directory} holds other arrays:\n{rows}"
             )
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        path = f"{prefix}{key}"
-        flat.update(_flatten(value, f"{path}.") if isinstance(value, Mapping) else {path: value})
-    return flat
 
 
 def _is_key(x: Any) -> bool:

@@ -1,0 +1,302 @@
+"""One frozen `Config`, made of each part's own dataclass; checked before anything is compiled.
+
+    config file -> ConfigDict -> command-line overrides -> freeze -> check -> Config
+
+A run saves what it resolved to (`config.json`) and what it ran with (`run_info.json`: versions, git
+revision, command line), secrets redacted. Below `main` nobody sees a ConfigDict.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from gtalign_jax.data.sources import DataConfig
+from gtalign_jax.evaluation.evaluate import EvaluateConfig
+from gtalign_jax.freeze import ConfigError, check_overrides, freeze, to_dict
+from gtalign_jax.model.load import ModelSource
+from gtalign_jax.model.sharding import BATCH_AXES, MESH_AXES, MeshConfig, mesh_shape
+from gtalign_jax.reward.judges import JudgeConfig
+from gtalign_jax.reward.scoring import RewardConfig
+from gtalign_jax.rollout.sampler import SamplerConfig
+from gtalign_jax.training.checkpoint import CheckpointConfig, flatten
+from gtalign_jax.training.grpo import GRPOConfig
+from gtalign_jax.training.sft import SFTConfig
+
+STAGES = ("sft", "grpo", "evaluate", "export")
+CONFIG_FILE, RUN_INFO_FILE = "config.json", "run_info.json"
+PACKAGES = (
+    "jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "numpy", "transformers",
+    "tokenizers", "safetensors", "datasets", "math-verify", "ml_collections",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A whole run. Sections belong to the modules that read them."""
+
+    seed: int = 0
+    workdir: str = "runs/run"
+    stages: tuple[str, ...] = STAGES
+    model: ModelSource = ModelSource()
+    data: DataConfig = DataConfig()
+    sft: SFTConfig = SFTConfig()
+    grpo: GRPOConfig = GRPOConfig()
+    rollout: SamplerConfig = SamplerConfig()
+    reward: RewardConfig = RewardConfig()
+    judge: JudgeConfig = JudgeConfig()
+    mesh: MeshConfig = MeshConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+    def __post_init__(self) -> None:
+        unknown = [stage for stage in self.stages if stage not in STAGES]
+        if unknown or len(set(self.stages)) < len(self.stages):
+            raise ValueError(f"stages={self.stages}: expected some of {STAGES}, each once")
+        if list(self.stages) != sorted(self.stages, key=STAGES.index):
+            raise ValueError(f"stages={self.stages}: they run in the order {STAGES}")
+
+
+# Keys that change how fast or where a run computes, not what; a checkpoint may outlive them.
+_CIRCUMSTANCES = re.compile(
+    r"workdir|stages|(mesh|checkpoint|evaluate)\..*"
+    r"|(sft|grpo)\.(micro_batch\w*|logit_chunk|remat)"
+    r"|judge\.(base_url|api_key_env|concurrency|timeout_s|retries)"
+    r"|data\.(test|test_size)"
+)
+
+
+def define_flag() -> flags.FlagHolder:
+    """`--config=FILE[:argument]` and `--config.section.key=value`."""
+    return config_flags.DEFINE_config_file(
+        "config", None, "Config file, as in --config=configs/demo_cpu.py", lock_config=True
+    )
+
+
+def parse_flags(argv: Sequence[str]) -> list[str]:
+    """For `absl.app.run(main, flags_parser=…)`: an override of an unknown key ends with its error
+    text and exit status 2, before the config file is read."""
+    try:
+        check_overrides(Config, argv[1:])
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    return app.parse_flags_with_usage(list(argv))
+
+
+def from_flag(holder: flags.FlagHolder) -> Config:
+    """The frozen config that the command line names. Raises ConfigError."""
+    if holder.value is None:
+        raise ConfigError("--config=FILE is required, for example --config=configs/demo_cpu.py")
+    return freeze(Config, holder.value)
+
+
+def check(config: Config, device_count: int) -> None:
+    """Batch sizes and mesh against each other and the devices.
+
+    Raises ConfigError with one line per mistake: key, value, what is allowed.
+    """
+    try:
+        sizes = dict(zip(MESH_AXES, mesh_shape(config.mesh, device_count), strict=True))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    shards = 1
+    for axis in BATCH_AXES:
+        shards *= sizes[axis]
+    problems = []
+    if "grpo" in config.stages:
+        problems += _grpo_problems(config.grpo, shards)
+    if "sft" in config.stages:
+        problems += _cut_problems(
+            "sft", ("batch_size", config.sft.batch_size),
+            ("micro_batch_size", config.sft.micro_batch_size), shards,
+        )
+    if config.rollout.max_new_tokens < 1:
+        problems.append(f"rollout.max_new_tokens={config.rollout.max_new_tokens}: must be >= 1")
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _grpo_problems(grpo: GRPOConfig, shards: int) -> list[str]:
+    problems = []
+    for key in ("steps", "prompts_per_step", "minibatches", "epochs"):
+        if getattr(grpo, key) < 1:
+            problems.append(f"grpo.{key}={getattr(grpo, key)}: must be >= 1")
+    if grpo.samples_per_prompt < 2:
+        problems.append(
+            f"grpo.samples_per_prompt={grpo.samples_per_prompt}: must be >= 2, a completion is "
+            "compared with the others of its group"
+        )
+    if problems:
+        return problems
+    if grpo.prompts_per_step % grpo.minibatches:
+        return [
+            f"grpo.minibatches={grpo.minibatches} does not divide grpo.prompts_per_step="
+            f"{grpo.prompts_per_step}: it may be one of {_divisors(grpo.prompts_per_step)}"
+        ]
+    prompts = grpo.prompts_per_step // grpo.minibatches
+    key = "prompts_per_step" if grpo.minibatches == 1 else "prompts_per_step/minibatches"
+    return _cut_problems(
+        "grpo", (key, prompts), ("micro_batch_prompts", grpo.micro_batch_prompts), shards
+    )
+
+
+def _cut_problems(
+    section: str, whole: tuple[str, int], piece: tuple[str, int], shards: int
+) -> list[str]:
+    """A batch must cut evenly over the mesh's batch axes, and into micro-batches that do so too."""
+    (key, size), (piece_key, piece_size) = whole, piece
+    if size < 1 or size % shards:
+        near = sorted({max(size // shards, 1) * shards, (max(size, 0) // shards + 1) * shards})
+        return [
+            f"{section}.{key}={size} must be a multiple of {shards}, the mesh's "
+            f"{' x '.join(BATCH_AXES)} shards: for example {' or '.join(map(str, near))}"
+        ]
+    if piece_size == 0:
+        return []
+    allowed = [n for n in _divisors(size) if n % shards == 0]
+    if piece_size not in allowed:
+        return [
+            f"{section}.{piece_key}={piece_size} does not cut {section}.{key}={size} over "
+            f"{shards} shards: it may be one of {allowed}, or 0 for all at once"
+        ]
+    return []
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def batch_table(config: Config) -> str:
+    """What the batch settings amount to, as text; printed once at start."""
+    grpo, sft, rollout = config.grpo, config.sft, config.rollout
+    rows: list[tuple[str, str, str]] = []
+    if "sft" in config.stages:
+        pieces = sft.batch_size // sft.micro_batch_size if sft.micro_batch_size else 1
+        rows += [
+            ("SFT", "rows per update", f"{sft.batch_size:,}"),
+            ("", "micro-batches per update", f"{pieces:,} of {sft.batch_size // pieces:,} rows"),
+            ("", "updates", f"{sft.steps:,}"),
+        ]
+    if "grpo" in config.stages:
+        Q, G, T = grpo.prompts_per_step, grpo.samples_per_prompt, rollout.max_new_tokens
+        mini = Q // grpo.minibatches
+        micro = grpo.micro_batch_prompts or mini
+        rows += [
+            ("GRPO", "prompts per step", f"{Q:,}"),
+            ("", "completions per step", f"{Q:,} x {G} = {Q * G:,}"),
+            ("", "completion tokens per step", f"at most {Q * G:,} x {T:,} = {Q * G * T:,}"),
+            ("", "prompt tokens per step", f"at most {Q:,} x {config.data.max_prompt_tokens:,} = "
+                 f"{Q * config.data.max_prompt_tokens:,}"),
+            ("", "updates per step", f"{grpo.epochs} epochs x {grpo.minibatches} minibatches = "
+                 f"{grpo.updates_per_step:,}"),
+            ("", "micro-batches per update",
+             f"{mini // micro:,} of {micro:,} prompts = {micro * G:,} completions"),
+            ("", "updates", f"{grpo.steps:,} steps x {grpo.updates_per_step:,} = "
+                 f"{grpo.steps * grpo.updates_per_step:,}"),
+        ]
+    width = max((len(name) for _, name, _ in rows), default=0)
+    return "\n".join(f"{stage:<6}{name:<{width}}  {value}" for stage, name, value in rows)
+
+
+def fingerprint(config: Config, **identity: Any) -> dict[str, Any]:
+    """What a checkpoint must agree on with the run that continues it.
+
+    All settings but circumstances (work directory, mesh, micro-batches, judge address …);
+    `identity` adds what the config only points at: the model's sizes, a hash of the tokenizer or of
+    the prompts. The number of steps belongs to it only where the learning rate depends on it.
+    """
+    flat = flatten(to_dict(config))
+    flat = {key: value for key, value in flat.items() if not _CIRCUMSTANCES.fullmatch(key)}
+    for section in ("sft", "grpo"):
+        if flat[f"{section}.decay"] == "constant":
+            del flat[f"{section}.steps"]
+    return {**flat, **identity}
+
+
+def resolved_json(config: Config) -> str:
+    """The whole config as JSON, secrets redacted; `load_run_config` reads it back."""
+    return json.dumps(redact(to_dict(config)), indent=2) + "\n"
+
+
+def load_run_config(workdir: str | Path) -> Config:
+    """The config that `workdir` was run with. Raises FileNotFoundError, ConfigError."""
+    path = Path(workdir) / CONFIG_FILE
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist: {workdir} is not a run's work directory")
+    return freeze(Config, json.loads(path.read_text(encoding="utf-8")))
+
+
+def save_run_info(workdir: str | Path, config: Config) -> None:
+    """Writes config.json and run_info.json (versions, git revision, command line)."""
+    workdir = Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    info = {
+        "command": [redact_text(arg) for arg in sys.argv],
+        "git": git_revision(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in PACKAGES},
+    }
+    (workdir / CONFIG_FILE).write_text(resolved_json(config), encoding="utf-8")
+    (workdir / RUN_INFO_FILE).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
+
+
+def git_revision() -> str | None:
+    """The commit of this source tree, "+dirty" where tracked files differ; None outside of git."""
+    root = Path(__file__).resolve().parent.parent
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + ("+dirty" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+_SECRET_KEY = r"(?:api_?key|secret|password|passwd|(?:access|auth|hf|bearer)_?token|token)"
+_REDACTED = "<redacted>"
+
+
+def redact(tree: Any, key: str = "") -> Any:
+    """Nested dicts and lists without secrets: values of secret-sounding keys, credentials in URLs,
+    and a key pasted where the name of an environment variable belongs."""
+    if isinstance(tree, Mapping):
+        return {name: redact(value, name) for name, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [redact(value, key) for value in tree]
+    if not isinstance(tree, str) or not tree:
+        return tree
+    if re.search(rf"(^|_){_SECRET_KEY}$", key, re.IGNORECASE):
+        return _REDACTED
+    if key.endswith("_env") and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", tree):
+        return _REDACTED
+    return redact_text(tree)
+
+
+def redact_text(text: str) -> str:
+    """Text without credentials in URLs and without values of `key=value` secrets."""
+    text = re.sub(r"(?<=://)[^/@\s]+@", f"{_REDACTED}@", text)
+    text = re.sub(rf"(?i)((?:^|[?&._-]){_SECRET_KEY}=)[^&\s]+", rf"\g<1>{_REDACTED}", text)
+    return re.sub(r"\b(sk|hf)[-_][A-Za-z0-9_-]{16,}", _REDACTED, text)
