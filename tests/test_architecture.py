@@ -1,0 +1,65 @@
+"""The shape of the package: imports point one way, files and functions stay small."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "gtalign_jax"
+FILES = sorted(PACKAGE.rglob("*.py"))
+# Which parts of the package each part may import, besides itself. Modules of the package's own
+# directory (main, config, export …) are the top: they may import all of it, nobody imports them.
+MAY_IMPORT = {
+    "game": set(),
+    "model": set(),
+    "data": {"game"},
+    "reward": {"game", "data"},
+    "rollout": {"model", "game"},
+    "training": {"game", "data", "reward", "model", "rollout", "evaluation"},
+    "evaluation": {"game", "data", "reward", "model", "rollout", "training"},
+}
+
+
+def part_of(file: Path) -> str:
+    inside = file.relative_to(PACKAGE).parts
+    return inside[0] if len(inside) > 1 else "top"
+
+
+def imported_parts(tree: ast.AST) -> set[str]:
+    """The parts of the package that a module imports, wherever in it the import stands."""
+    names = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: relative import"
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    ours = [name.split(".")[1] for name in names if name.startswith("gtalign_jax.")]
+    return {name if name in MAY_IMPORT else "top" for name in ours}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_a_file_is_small_and_imports_only_what_lies_below_it(file):
+    source = file.read_text(encoding="utf-8")
+    tree = ast.parse(source)
+    assert source.count("\n") <= 400, "files have at most 400 lines"
+    assert ast.get_docstring(tree), "a module says what it is"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            lines = node.end_lineno - node.lineno + 1
+            assert lines <= 60, f"{node.name} has {lines} lines, at most 60 are allowed"
+    part = part_of(file)
+    if part != "top":
+        above = imported_parts(tree) - MAY_IMPORT[part] - {part}
+        assert not above, f"{part} must not import {sorted(above)}"
+
+
+def test_no_module_imports_torch():
+    for file in FILES:
+        names = [
+            alias.name
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+            if isinstance(node, ast.Import | ast.ImportFrom)
+            for alias in [*node.names, ast.alias(getattr(node, "module", None) or "")]
+        ]
+        assert not any(name.split(".")[0] == "torch" for name in names), file
