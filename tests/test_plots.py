@@ -11,7 +11,7 @@ from gtalign_jax.training.metrics import MetricsWriter
 from gtalign_jax.training.plots import final_table, read_results, save_results, welfare_curves
 
 RESULTS = {
-    "after GRPO": {"reward/total": 0.6, "reward/format": 1.0, "other/x": 2.0},
+    "after GRPO": {"reward/total": 0.6, "reward/format": 1.0, "source/medium": 2.0, "game/x": 1.0},
     "after cold start": {"reward/total": 0.4, "reward/format": 0.95},
     "before cold start": {"reward/total": 0.0, "reward/format": float("nan")},
 }
@@ -65,7 +65,7 @@ def test_the_table_has_stages_in_order_and_the_change_since_the_cold_start():
     assert welfare.split()[-5:] == ["0.000", "0.400", "0.600", "+0.200", "(+50%)"]
     form = next(line for line in lines if line.startswith("well-formed"))
     assert form.split()[-5:] == ["–", "95.0%", "100.0%", "+5.0", "pt"]
-    assert any(line.startswith("other/x") and "2.000" in line for line in lines)
+    assert lines[-1].split() == ["source/medium", "–", "–", "2.000", "–"]
 
 
 def test_a_table_without_a_cold_start_has_no_change_column():
@@ -81,4 +81,5 @@ def test_results_are_saved_as_json_and_as_markdown(tmp_path):
     json.loads((tmp_path / "results.json").read_text(), parse_constant=pytest.fail)
     markdown = (tmp_path / "results.md").read_text().splitlines()
     assert len({line.count("|") for line in markdown}) == 1
+    assert any(line.startswith("| game/x | – | – | 1.000") for line in markdown)
     assert read_results(tmp_path / "elsewhere") == {}

@@ -117,12 +117,15 @@ def read_results(workdir: str | Path) -> dict[str, dict[str, float]]:
 def final_table(results: Mapping[str, Mapping[str, float]], *, markdown: bool = False) -> str:
     """Metrics down, stages across, and the change from cold start to GRPO.
 
-    `results`: {stage: {metric: value}}. The stages of `STAGES` come first, others as given; metrics
-    without a label are listed by name after the known ones.
+    `results`: {stage: {metric: value}}. The stages of `STAGES` come first, others as given. Metrics
+    without a label of their own follow by name: in the console table only each source's reward, in
+    markdown all.
     """
     stages = [s for s in STAGES if s in results] + [s for s in results if s not in STAGES]
     known = {name for name, *_ in METRICS}
     others = sorted({name for row in results.values() for name in row} - known)
+    if not markdown:
+        others = [name for name in others if name.startswith("source/")]
     rows = [m for m in METRICS if any(m[0] in results[s] for s in stages)]
     rows += [(name, name, "{:.3f}", 1) for name in others]
     has_change = COLD_START in results and AFTER in results
