@@ -20,7 +20,7 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# The first example of a property may compile: no deadline. In CI the examples are the same each time.
+# A property's first example may compile: no deadline. In CI its examples are always the same.
 hypothesis.settings.register_profile(
     "project", deadline=None, derandomize=bool(os.environ.get("CI")), print_blob=True
 )
