@@ -1,6 +1,9 @@
 """The shape of the package: imports point one way, files and functions stay small."""
 
 import ast
+import importlib.metadata
+import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -54,12 +57,23 @@ def test_a_file_is_small_and_imports_only_what_lies_below_it(file):
         assert not above, f"{part} must not import {sorted(above)}"
 
 
-def test_no_module_imports_torch():
+def test_what_the_package_imports_is_in_the_runtime_requirements_and_torch_is_not():
+    requirements = (PACKAGE.parent / "requirements.txt").read_text(encoding="utf-8")
+    declared = {
+        canonical(match[0]) for match in re.finditer(r"^[A-Za-z][\w-]*", requirements, re.M)
+    }
+    assert "torch" not in declared
+    owners = importlib.metadata.packages_distributions()
     for file in FILES:
-        names = [
-            alias.name
-            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
-            if isinstance(node, ast.Import | ast.ImportFrom)
-            for alias in [*node.names, ast.alias(getattr(node, "module", None) or "")]
-        ]
-        assert not any(name.split(".")[0] == "torch" for name in names), file
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            for name in {name.split(".")[0] for name in names}:
+                if name == "gtalign_jax" or name in sys.stdlib_module_names:
+                    continue
+                packages = {canonical(package) for package in owners[name]}
+                assert packages & declared, f"{file} imports {name}, of {packages}"
+
+
+def canonical(package: str) -> str:
+    return package.lower().replace("_", "-")
