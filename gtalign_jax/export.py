@@ -1,0 +1,127 @@
+"""The command that takes a trained policy home as a Hugging Face directory.
+
+    python -m gtalign_jax.export --workdir=runs/demo --out=DIR [--stage=grpo] [--step=N]
+
+Reads the config that the run saved and the weights of one checkpoint (not the optimizer's), and
+writes safetensors, config.json, generation_config.json, tokenizer and chat template. It may run
+beside the training, on a host without an accelerator: set JAX_PLATFORMS=cpu.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import AutoConfig
+
+from gtalign_jax.config import Config, ConfigError, load_run_config
+from gtalign_jax.data.chat import load_tokenizer, stop_ids
+from gtalign_jax.model import hf, load
+from gtalign_jax.model.spec import ModelConfig, Params, abstract_params, num_params
+from gtalign_jax.training.checkpoint import Checkpointer, CheckpointError
+
+TRAINING_STAGES = ("grpo", "sft")  # the last one that has a checkpoint is exported
+GENERATION_FILE = "generation_config.json"
+
+
+def checkpoint_dir(workdir: str | Path, stage: str) -> Path:
+    """Where the checkpoints of a stage lie."""
+    return Path(workdir) / "checkpoints" / stage
+
+
+def find_tokenizer(config: Config, workdir: str | Path) -> str:
+    """The directory of a run's tokenizer: the model's own, or the one trained in the run."""
+    source = config.model.tokenizer or config.model.path
+    return load.resolve(source) if source else str(Path(workdir) / "tokenizer")
+
+
+def restore_policy(
+    workdir: str | Path, config: Config, stage: str | None = None, step: int | None = None
+) -> tuple[Params, ModelConfig, str]:
+    """(weights, their sizes, "stage step N") of a checkpoint; by default the run's last one.
+
+    Raises FileNotFoundError where there is no such checkpoint, CheckpointError where it holds
+    another model.
+    """
+    stages = [stage] if stage else list(TRAINING_STAGES)
+    found = [name for name in stages if checkpoint_dir(workdir, name).is_dir()]
+    if not found:
+        raise FileNotFoundError(f"{workdir} holds no checkpoint of {' or '.join(stages)}")
+    model = load.model_config(config.model, len(load_tokenizer(find_tokenizer(config, workdir))))
+    directory = checkpoint_dir(workdir, found[0])
+    checkpoints = Checkpointer(directory, config.checkpoint, None, read_only=True)
+    step = checkpoints.latest() if step is None else step
+    wanted = {"state": {"params": abstract_params(model)}}
+    saved, _ = checkpoints.restore(wanted, step, partial=True)
+    checkpoints.close()
+    return saved["state"]["params"], model, f"{found[0]} step {step}"
+
+
+def write(
+    params: Params, model: ModelConfig, config: Config, tokenizer_dir: str, out: str | Path
+) -> None:
+    """Writes the Hugging Face directory `out` and reads back what transformers will look at.
+
+    Raises ValueError where the result would not load.
+    """
+    source = load.resolve(config.model.path) if config.model.path else None
+    hf.save_pretrained(params, model, out, source_dir=source, tokenizer_dir=tokenizer_dir)
+    generation = Path(out) / GENERATION_FILE
+    if not generation.exists():
+        tokenizer = load_tokenizer(tokenizer_dir)
+        ids = {"eos_token_id": list(stop_ids(tokenizer)), "pad_token_id": tokenizer.pad_token_id}
+        generation.write_text(json.dumps(ids, indent=2) + "\n", encoding="utf-8")
+    verify(out, model)
+
+
+def verify(out: str | Path, model: ModelConfig) -> None:
+    """Raises ValueError unless transformers knows the config of `out`, its tokenizer renders a
+    chat, and its files hold all weights of `model`."""
+    known = AutoConfig.from_pretrained(out)
+    tokenizer = load_tokenizer(out)
+    if not tokenizer.chat_template:
+        raise ValueError(f"{out}: the tokenizer has no chat template")
+    if len(tokenizer) > known.vocab_size:
+        raise ValueError(
+            f"{out}: {len(tokenizer)} tokens, but the model's vocabulary is {known.vocab_size}"
+        )
+    with hf.open_tensors(Path(out)) as files:
+        shapes = [file.get_slice(name).get_shape() for name, file in files.items()]
+    stored = sum(_size(shape) for shape in shapes)
+    if stored != num_params(model):
+        raise ValueError(f"{out} holds {stored:,} weights, the model has {num_params(model):,}")
+
+
+def _size(shape: Sequence[int]) -> int:
+    size = 1
+    for n in shape:
+        size *= n
+    return size
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m gtalign_jax.export", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", required=True, help="the run's work directory")
+    parser.add_argument("--out", required=True, help="the Hugging Face directory to write")
+    parser.add_argument("--stage", choices=TRAINING_STAGES, help="default: the run's last one")
+    parser.add_argument("--step", type=int, help="default: the newest checkpoint")
+    args = parser.parse_args(argv)
+    try:
+        config = load_run_config(args.workdir)
+        params, model, what = restore_policy(args.workdir, config, args.stage, args.step)
+        write(params, model, config, find_tokenizer(config, args.workdir), args.out)
+    except (FileNotFoundError, ConfigError, CheckpointError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(
+        f"exported {what} ({num_params(model):,} parameters) to {args.out}; load it with "
+        f"transformers.AutoModelForCausalLM.from_pretrained({str(args.out)!r})"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
