@@ -337,7 +337,7 @@ def _distinct(
     attempts = 0
     while len(found) < count:
         attempts += 1
-        if attempts > 60 * count + 10000:
+        if attempts > 30 * count + 10000:
             raise ValueError(
                 f"the {split} split of {generator.__name__.strip('_')} has no {count} distinct "
                 f"prompts (found {len(found)}); ask for fewer"
