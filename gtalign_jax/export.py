@@ -16,13 +16,15 @@ from pathlib import Path
 from transformers import AutoConfig
 
 from gtalign_jax.config import Config, ConfigError, load_run_config
-from gtalign_jax.data.chat import load_tokenizer, stop_ids
+from gtalign_jax.data.chat import load_tokenizer, render_chat, stop_ids
+from gtalign_jax.game.chain import KEYS, SYSTEM, render
 from gtalign_jax.model import hf, load
 from gtalign_jax.model.spec import ModelConfig, Params, abstract_params, num_params
 from gtalign_jax.training.checkpoint import Checkpointer, CheckpointError
 
 TRAINING_STAGES = ("grpo", "sft")  # the last one that has a checkpoint is exported
 GENERATION_FILE = "generation_config.json"
+EVEN = {key: {"LLM": 1.5, "user": 20} for key in KEYS}  # any payoff: sample text for a tokenizer
 
 
 def checkpoint_dir(workdir: str | Path, stage: str) -> Path:
@@ -72,16 +74,25 @@ def write(
         tokenizer = load_tokenizer(tokenizer_dir)
         ids = {"eos_token_id": list(stop_ids(tokenizer)), "pad_token_id": tokenizer.pad_token_id}
         generation.write_text(json.dumps(ids, indent=2) + "\n", encoding="utf-8")
-    verify(out, model)
+    verify(out, model, tokenizer_dir)
 
 
-def verify(out: str | Path, model: ModelConfig) -> None:
-    """Raises ValueError unless transformers knows the config of `out`, its tokenizer renders a
-    chat, and its files hold all weights of `model`."""
+def verify(out: str | Path, model: ModelConfig, tokenizer_dir: str) -> None:
+    """Raises ValueError unless transformers knows the config of `out`, its tokenizer there gives
+    the token ids that the model was trained on, and its files hold all weights of `model`."""
     known = AutoConfig.from_pretrained(out)
-    tokenizer = load_tokenizer(out)
-    if not tokenizer.chat_template:
-        raise ValueError(f"{out}: the tokenizer has no chat template")
+    tokenizer, trained_on = load_tokenizer(out), load_tokenizer(tokenizer_dir)
+    chain = render("Is 7 < 12?", EVEN, "Both DQ_DA and VQ_CQ.", "It's 7, so: yes!\n\nMore?")
+    for text in (render_chat(trained_on, [{"role": "user", "content": SYSTEM}]), chain):
+        ids, expected = (t(text, add_special_tokens=False).input_ids
+                         for t in (tokenizer, trained_on))
+        if ids != expected:
+            # transformers replaces the pre-tokenizer of some families, whatever the file says.
+            raise ValueError(
+                f"{out}: beside a {known.model_type} config, transformers reads this tokenizer as "
+                f"{type(tokenizer).__name__}, and its token ids differ from those the model was "
+                "trained on"
+            )
     if len(tokenizer) > known.vocab_size:
         raise ValueError(
             f"{out}: {len(tokenizer)} tokens, but the model's vocabulary is {known.vocab_size}"
