@@ -114,9 +114,8 @@ def _turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "closing"}]
     text = tokenizer.apply_chat_template(turns, tokenize=False)
     after = tokenizer(text.rpartition("closing")[2].lstrip(), add_special_tokens=False).input_ids
-    if after and after[0] in tokenizer.all_special_ids:
-        return after[0]
-    return None
+    added = tokenizer.added_tokens_decoder
+    return after[0] if after and after[0] in added and added[after[0]].special else None
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:

@@ -5,7 +5,8 @@ Files and hub sets have the schema of the paper's code, one row per prompt:
     prompt        chat messages [{"role": ..., "content": ...}, ...]
     data_source   the task, such as "ambig_qa"
     reward_model  {"ground_truth": ...}
-    extra_info    optional; `single_turn_prompt` is the user's bare question
+    extra_info    optional; `single_turn_prompt` is the user's whole question without instructions,
+                  `chat_history` the conversation so far, up to the user's last message
 
 Rows that break it are reported with file and row, skipped and counted. A column that no row of a
 file has is an error, and so is a prompt that is a plain string: its chat template would have been
@@ -45,8 +46,8 @@ class DataConfig:
       source: "builtin", "parquet", "jsonl" or "hub".
       train, test: files or globs (parquet, jsonl), or hub names ("owner/name", or
         "owner/name:config"), whose split of the same name is read.
-      instruction: "as_given" sends the file's messages; "ours" sends `game.chain`'s instruction
-        with the bare question instead.
+      instruction: "as_given" sends the file's messages; "ours" sends the chat history, or else
+        the bare question, under `game.chain`'s system text and instruction instead.
       max_prompt_tokens: longer prompts are dropped and counted.
       seed: of the built-in generator and of the choice that a size makes.
       train_size, test_size: how many prompts; 0 = all (built-in: `builtin.DEFAULT_SIZES`).
@@ -188,9 +189,7 @@ def read_prompt(row: Row | MalformedRow, row_id: str, instruction: str = "as_giv
     """A row in the schema of this module -> Prompt; raises MalformedRow, or TypeError (string)."""
     if isinstance(row, MalformedRow):
         raise row
-    messages = read_messages(row.get("prompt"))
-    if messages[-1]["role"] != "user":
-        raise MalformedRow(f"the last message is from {messages[-1]['role']!r}, not from the user")
+    messages = _ending_with_user(read_messages(row.get("prompt")))
     source = row.get("data_source")
     if not isinstance(source, str) or not source:
         raise MalformedRow(f"data_source is {source!r}, not a name")
@@ -201,10 +200,8 @@ def read_prompt(row: Row | MalformedRow, row_id: str, instruction: str = "as_giv
     if not isinstance(question, str):
         raise MalformedRow(f"extra_info.single_turn_prompt is {question!r:.30}, not text")
     if instruction == "ours":
-        messages = (
-            {"role": "system", "content": chain.SYSTEM},
-            {"role": "user", "content": f"{chain.INSTRUCTION}\n\n{question}"},
-        )
+        turns = info.get("chat_history") or [{"role": "user", "content": question}]
+        messages = _instructed(_ending_with_user(read_messages(turns)))
     return Prompt(
         id=row_id,
         data_source=source,
@@ -215,7 +212,22 @@ def read_prompt(row: Row | MalformedRow, row_id: str, instruction: str = "as_giv
     )
 
 
-def read_messages(value: Any) -> tuple[Mapping[str, str], ...]:
+Messages = tuple[Mapping[str, str], ...]
+
+
+def _ending_with_user(messages: Messages) -> Messages:
+    if messages[-1]["role"] != "user":
+        raise MalformedRow(f"the last message is from {messages[-1]['role']!r}, not from the user")
+    return messages
+
+
+def _instructed(turns: Messages) -> Messages:
+    """A conversation under our system text, with our instruction before its last question."""
+    last = {"role": "user", "content": f"{chain.INSTRUCTION}\n\n{turns[-1]['content']}"}
+    return ({"role": "system", "content": chain.SYSTEM}, *turns[:-1], last)
+
+
+def read_messages(value: Any) -> Messages:
     """Checks chat messages.
 
     Raises:
