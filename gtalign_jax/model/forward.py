@@ -82,7 +82,7 @@ def _rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
 
 def _cos_sin(cfg: ModelConfig, positions: jax.Array, ndim: int) -> tuple[jax.Array, jax.Array]:
-    """cos and sin for integer `positions`, shaped to broadcast over an `ndim`-D `[..., heads, H]`."""
+    """cos and sin for integer `positions`, for an `ndim`-D array `[..., heads, H]`."""
     freq, factor = rope_frequencies(cfg)
     angle = positions[..., None].astype(jnp.float32) * jnp.expand_dims(
         jnp.asarray(freq), tuple(range(positions.ndim))

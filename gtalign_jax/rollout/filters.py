@@ -35,8 +35,11 @@ class Filters:
         return self.top_k > 0 or self.top_p < 1
 
 
+UNFILTERED = Filters()
+
+
 def _largest_threshold(p: jax.Array, enough) -> jax.Array:
-    """The largest float t `[..., 1]` for which `enough(p >= t)` holds, over the last axis of `p`."""
+    """The largest float t `[..., 1]` for which `enough(p >= t)` holds over the last axis."""
     def halve(_, bounds):
         low, high = bounds
         middle = low + (high - low + 1) // 2

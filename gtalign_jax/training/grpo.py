@@ -3,9 +3,9 @@
     A = (R - mean_group) / (std_group + eps)
     loss per token = -min(r A, clip(r, 1 - low, 1 + high) A) + beta KL(policy || reference)
 
-(DeepSeekMath, arXiv 2402.03300, eq. 3.) Options: no division by std and a constant length (Dr. GRPO,
-arXiv 2503.20783); sequence-level ratios (GSPO, arXiv 2507.18071); truncated importance sampling
-between sampler and trainer.
+(DeepSeekMath, arXiv 2402.03300, eq. 3.) Options: no division by std and a constant length (Dr.
+GRPO, arXiv 2503.20783); sequence-level ratios (GSPO, arXiv 2507.18071); truncated importance
+sampling between sampler and trainer.
 
 Deviations from the GTAlign paper, which trains with PPO:
   1. no critic: the group's mean is the baseline;
@@ -28,7 +28,7 @@ from flax import struct
 
 from gtalign_jax.model.sharding import Layout
 from gtalign_jax.model.spec import ModelConfig, Params
-from gtalign_jax.rollout.filters import Filters
+from gtalign_jax.rollout.filters import UNFILTERED, Filters
 from gtalign_jax.training.logp import completion_logps, completion_mask
 from gtalign_jax.training.metrics import Mean
 from gtalign_jax.training.micro import accumulate, cut, uncut
@@ -221,7 +221,7 @@ def _loss(params: Params, cfg: ModelConfig, grpo: GRPOConfig, filters: Filters, 
 
 
 def loss_and_grads(params: Params, ref_params: Params | None, batch: Batch, *, cfg: ModelConfig,
-                   grpo: GRPOConfig, filters: Filters = Filters(), dtype: Any = jnp.float32):
+                   grpo: GRPOConfig, filters: Filters = UNFILTERED, dtype: Any = jnp.float32):
     """(loss, gradients, metrics) of a batch, accumulated over micro-batches of prompts."""
     Q, _, T = batch.tokens_QGT.shape
     weights_QGT = token_weights(batch.lengths_QG, batch.valid_QG, T, grpo.aggregation)
@@ -245,7 +245,7 @@ def loss_and_grads(params: Params, ref_params: Params | None, batch: Batch, *, c
 
 
 def make_update(cfg: ModelConfig, grpo: GRPOConfig, optimizer: optax.GradientTransformation, *,
-                filters: Filters = Filters(), dtype: Any = jnp.float32) -> Callable:
+                filters: Filters = UNFILTERED, dtype: Any = jnp.float32) -> Callable:
     """The jitted `update(state, ref_params, batch) -> (state', metrics)`; `state` is donated.
 
     Metrics are `{"means": {name: Mean}, "maxima": {name: scalar}}`. Shardings come from the
@@ -263,7 +263,7 @@ def make_update(cfg: ModelConfig, grpo: GRPOConfig, optimizer: optax.GradientTra
     return jax.jit(update, donate_argnames=("state",))
 
 
-def make_logps(cfg: ModelConfig, grpo: GRPOConfig, *, filters: Filters = Filters(),
+def make_logps(cfg: ModelConfig, grpo: GRPOConfig, *, filters: Filters = UNFILTERED,
                dtype: Any = jnp.float32) -> Callable[..., jax.Array]:
     """The jitted `logps(params, batch) -> logp_QGT` with the training graph, in micro-batches."""
     def logps(params: Params, batch: Batch) -> jax.Array:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from gtalign_jax.model import forward
 from gtalign_jax.model.spec import ModelConfig, Params
 from gtalign_jax.rollout import filters as filters_lib
-from gtalign_jax.rollout.filters import Filters
+from gtalign_jax.rollout.filters import UNFILTERED, Filters
 
 
 def completion_mask(lengths_QG: jax.Array, T: int) -> jax.Array:
@@ -19,7 +19,7 @@ def completion_mask(lengths_QG: jax.Array, T: int) -> jax.Array:
 
 
 def completion_logps(params: Params, cfg: ModelConfig, prompt_QS, prompt_lengths_Q, tokens_QGT, *,
-                     filters: Filters = Filters(), logit_chunk: int = 128, dtype=jnp.float32,
+                     filters: Filters = UNFILTERED, logit_chunk: int = 128, dtype=jnp.float32,
                      remat: bool = False) -> tuple[jax.Array, jax.Array]:
     """(log-probability, entropy in nats), float32 `[Q, G, T]`, of every completion position.
 

@@ -5,6 +5,7 @@ updates done. Schedules count those updates, never micro-batches or rollout step
 """
 
 import dataclasses
+import zlib
 from typing import Any
 
 import jax
@@ -106,7 +107,7 @@ def new_state(params: Params, optimizer: optax.GradientTransformation) -> TrainS
 
 def make_state(params: Params, cfg: ModelConfig, optimizer: optax.GradientTransformation,
                layout: Layout) -> TrainState:
-    """`new_state`, laid out by rule. The state owns copies: it may be donated, `params` lives on."""
+    """`new_state`, laid out by rule, with copies: it may be donated while `params` lives on."""
     shardings = state_shardings(cfg, optimizer, layout)
     copy = jax.jit(
         lambda p: new_state(jax.tree.map(jnp.copy, p), optimizer), out_shardings=shardings
@@ -129,3 +130,9 @@ def apply_gradients(state: TrainState, grads: Params,
     """One optimizer update."""
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     return TrainState(optax.apply_updates(state.params, updates), opt_state, state.updates + 1)
+
+
+def named_key(key: jax.Array, name: str, step: int) -> jax.Array:
+    """A key by name and step: nothing is threaded through a loop, so a resumed run repeats it."""
+    named = jax.random.fold_in(key, zlib.crc32(name.encode()) & 0x7FFFFFFF)
+    return jax.random.fold_in(named, step)

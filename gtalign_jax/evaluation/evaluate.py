@@ -1,0 +1,55 @@
+"""A policy on held-out prompts: the training reward's own code, greedy or sampled.
+
+Batches have a size of their own and one width; the last one is filled up with repeats, which are
+left out of every mean. Which prompts are used depends on nothing but the config, so that the
+numbers before and after training are about the same prompts.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+from gtalign_jax.data.batches import PromptSet
+from gtalign_jax.training.collect import Collector, log_rows, summarise
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+    """How held-out prompts are answered."""
+
+    prompts: int = 0  # how many held-out prompts; 0: all
+    batch_size: int = 64  # prompts per call of the sampler
+    temperature: float = 0.0  # 0: greedy
+    samples: int = 1  # completions per prompt
+    every_steps: int = 0  # also during GRPO, every so many steps; 0: only before and after
+
+    def __post_init__(self) -> None:
+        for key in ("batch_size", "samples"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"evaluate.{key}={getattr(self, key)}: must be >= 1")
+        for key in ("prompts", "temperature", "every_steps"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"evaluate.{key}={getattr(self, key)}: must be >= 0")
+
+
+def evaluate(params: Any, collect: Collector, prompts: PromptSet, cfg: EvaluateConfig,
+             key: jax.Array) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """(means over the held-out prompts, one row per completion).
+
+    Args:
+      params: laid out for rollout, in the dtype to compute in.
+      key: keys the sampling (unused at temperature 0).
+    """
+    count = min(cfg.prompts or len(prompts), len(prompts))
+    parts = []
+    for start in range(0, count, cfg.batch_size):
+        real = min(cfg.batch_size, count - start)
+        chosen = [start + i if i < real else start for i in range(cfg.batch_size)]
+        rollout = jax.device_get(collect.roll(params, prompts.take(chosen), key))
+        parts.append(jax.tree.map(lambda x, n=real: x[:n] if x.ndim else x[None], rollout))
+    rollout = jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
+    rollout = rollout.replace(steps=rollout.steps.max())
+    experience = collect.assess(prompts.take(range(count)), rollout)
+    return summarise(experience), log_rows(experience)

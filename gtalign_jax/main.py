@@ -1,0 +1,38 @@
+"""The command: `python -m gtalign_jax.main --config=configs/demo_cpu.py [--config.key=value …]`.
+
+Flags become a frozen Config; `run.run` does the rest. A mistake of the user's ends in one line that
+names it and exit status 2; a run that diverges or cannot save ends in one line and status 1.
+"""
+
+import logging
+import sys
+
+from absl import app
+
+from gtalign_jax.config import ConfigError, define_flag, from_flag, parse_flags
+from gtalign_jax.run import run
+from gtalign_jax.training.checkpoint import CheckpointError
+
+_CONFIG = define_flag()
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    logging.getLogger("absl").setLevel(logging.WARNING)
+    try:
+        run(from_flag(_CONFIG))
+    except (ConfigError, ValueError, TypeError, FileNotFoundError) as error:
+        sys.exit(_fail(error, 2))
+    except (CheckpointError, FloatingPointError) as error:
+        sys.exit(_fail(error, 1))
+
+
+def _fail(error: Exception, status: int) -> int:
+    if logging.getLogger().isEnabledFor(logging.DEBUG):
+        logging.exception("the run ended")
+    print(f"error: {error}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse_flags)

@@ -1,0 +1,162 @@
+"""One step's experience: sample, detokenise, score. Shared by GRPO and evaluation.
+
+    prompts_QS -> Rollout -> texts -> Scores
+
+This is the only place where tokens become text on their way to a reward.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from gtalign_jax.data.batches import PromptBatch
+from gtalign_jax.data.chat import decode
+from gtalign_jax.data.prompt import Prompt
+from gtalign_jax.model.sharding import Layout
+from gtalign_jax.reward.judges import Judge
+from gtalign_jax.reward.rules import response_kind, right_kinds
+from gtalign_jax.reward.scoring import RewardConfig, Scores, score
+from gtalign_jax.rollout.filters import Filters
+from gtalign_jax.rollout.sampler import Rollout
+
+
+@dataclasses.dataclass(frozen=True)
+class Experience:
+    """Scored completions of Q prompts × G samples, on the host; rows are prompt-major.
+
+    `right_B` says whether the response is of the kind its prompt calls for, None where the task
+    does not say (design §6: built-in tasks do).
+    """
+
+    batch: PromptBatch
+    rollout: Rollout
+    prompts: tuple[Prompt, ...]
+    texts: tuple[str, ...]
+    scores: Scores
+    right_B: tuple[bool | None, ...]
+
+    @property
+    def samples(self) -> int:
+        return self.rollout.tokens_QGT.shape[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Collector:
+    """What turns a batch of prompts into experience."""
+
+    sample: Callable[..., Rollout]
+    tokenizer: PreTrainedTokenizerBase
+    judge: Judge
+    reward: RewardConfig
+    layout: Layout
+    filters: Filters
+
+    def roll(self, params: Any, batch: PromptBatch, key: jax.Array) -> Rollout:
+        """Sampled completions, on the devices."""
+        put = lambda x: jax.device_put(x, self.layout.sharding("prompts"))  # noqa: E731
+        return self.sample(
+            params, put(batch.tokens_QS), put(batch.lengths_Q), put(batch.index_Q), key
+        )
+
+    def assess(self, batch: PromptBatch, rollout: Rollout) -> Experience:
+        """Text and scores of a rollout that is on the host."""
+        G = rollout.tokens_QGT.shape[1]
+        prompts = tuple(prompt for prompt in batch.prompts for _ in range(G))
+        texts = tuple(
+            decode(self.tokenizer, ids[:length])
+            for ids, length in zip(
+                rollout.tokens_QGT.reshape(len(prompts), -1), rollout.lengths_QG.reshape(-1),
+                strict=True,
+            )
+        )
+        scores = score(prompts, texts, self.judge, self.reward)
+        right = tuple(
+            _is_right(prompt, chain.response)
+            for prompt, chain in zip(prompts, scores.chains, strict=True)
+        )
+        return Experience(batch, rollout, prompts, texts, scores, right)
+
+
+def _is_right(prompt: Prompt, response: str | None) -> bool | None:
+    kinds = right_kinds(prompt)
+    if not kinds:
+        return None
+    return response is not None and response_kind(response) in kinds
+
+
+def mean(values: Any, where: Any = None) -> float:
+    """The mean of the entries that count; NaN (absent from the files) where none does."""
+    values = np.asarray(values, np.float64)
+    where = np.ones(values.shape, bool) if where is None else np.asarray(where, bool)
+    return float(values[where].mean()) if where.any() else float("nan")
+
+
+def summarise(experience: Experience) -> dict[str, float]:
+    """Means over the judged completions: `reward/…`, `welfare/…`, `game/…`, `rollout/…`.
+
+    Welfare by source is `source/<name>`. A judge's failures are counted in `reward/missing`, and
+    appear in no other mean.
+    """
+    scores, rollout = experience.scores, experience.rollout
+    valid = scores.valid_B
+    parsed = valid & scores.parsed_B
+    out = {
+        "reward/total": mean(scores.reward_B, valid),
+        "welfare/user": mean(scores.user_welfare_B, valid),
+        "welfare/llm": mean(scores.llm_welfare_B, valid),
+        "reward/missing": mean(~valid),
+        "reward/parsed": mean(scores.parsed_B, valid),
+        "rollout/length": mean(rollout.lengths_QG),
+        "rollout/length_max": float(rollout.lengths_QG.max()),
+        "rollout/truncated": mean(~rollout.stopped_QG),
+        "rollout/wasted_slots": 1 - float(rollout.lengths_QG.sum())
+        / max(int(rollout.steps) * rollout.lengths_QG.size, 1),
+        "rollout/response_words": mean(
+            [len((chain.response or "").split()) for chain in scores.chains], parsed
+        ),
+    }
+    out |= {f"reward/{name}": mean(values, valid) for name, values in scores.factors.items()}
+    out |= {f"game/{name}": mean(values, parsed) for name, values in scores.game.items()}
+    known = np.array([right is not None for right in experience.right_B]) & valid
+    out["reward/right_action"] = mean([bool(right) for right in experience.right_B], known)
+    sources = np.array([prompt.data_source for prompt in experience.prompts])
+    for source in sorted(set(sources)):
+        out[f"source/{source}"] = mean(scores.reward_B, valid & (sources == source))
+    return {name: value for name, value in out.items() if not np.isnan(value)}
+
+
+def log_rows(experience: Experience) -> list[Mapping[str, Any]]:
+    """One row per completion for the rollout log (R32)."""
+    scores, rows = experience.scores, []
+    rollout = experience.rollout
+    for b, (prompt, text) in enumerate(zip(experience.prompts, experience.texts, strict=True)):
+        q, g = divmod(b, experience.samples)
+        judgement, chain = scores.judgements[b], scores.chains[b]
+        rows.append({
+            "id": prompt.id,
+            "data_source": prompt.data_source,
+            "sample": g,
+            "prompt": [dict(message) for message in prompt.messages],
+            "question": prompt.question,
+            "ground_truth": prompt.ground_truth,
+            "completion": text,
+            "tokens": int(rollout.lengths_QG[q, g]),
+            "stopped": bool(rollout.stopped_QG[q, g]),
+            "logp": float(rollout.logp_QGT[q, g].sum()),
+            "valid": bool(scores.valid_B[b]),
+            "reward": float(scores.reward_B[b]),
+            "user_welfare": float(scores.user_welfare_B[b]),
+            "llm_welfare": float(scores.llm_welfare_B[b]),
+            **{name: float(values[b]) for name, values in scores.factors.items()},
+            "payoff": chain.payoff,
+            "chain_error": chain.error,
+            "right_action": experience.right_B[b],
+            "judge_score": None if judgement is None else judgement.score,
+            "judge_reply": None if judgement is None else judgement.reply,
+            "judge_error": None if judgement is None else judgement.error,
+        })
+    return rows

@@ -1,0 +1,257 @@
+"""The loops. A stage is: resume or start, then step, write, save, until its last step.
+
+    grpo:  batch = data.batch(step)
+           rollout = sample(policy, batch)              on device
+           experience = assess(batch, rollout)          text -> welfare, on the host
+           batch = advantages(experience)
+           state = update(state, reference, batch)      one jitted, donated step
+    sft:   state = update(state, examples.batch(step))
+
+Data and randomness are functions of (key, step), so a stage that was killed repeats from its last
+checkpoint exactly.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gtalign_jax.data.batches import PromptSet
+from gtalign_jax.model.sharding import Layout, param_shardings
+from gtalign_jax.model.spec import ModelConfig, Params
+from gtalign_jax.reward.normalizers import normalize
+from gtalign_jax.rollout.sampler import Rollout
+from gtalign_jax.training import grpo as grpo_lib
+from gtalign_jax.training import sft as sft_lib
+from gtalign_jax.training.checkpoint import CheckpointConfig, Checkpointer
+from gtalign_jax.training.collect import Collector, Experience, log_rows, summarise
+from gtalign_jax.training.compiles import compilations
+from gtalign_jax.training.grpo import Batch, GRPOConfig
+from gtalign_jax.training.metrics import Console, Mean, MetricsWriter, PhaseTimer, RolloutLog
+from gtalign_jax.training.sft import ExampleSet, SFTConfig
+from gtalign_jax.training.state import TrainState, make_optimizer, named_key, schedule
+
+StepFn = Callable[[TrainState, int], tuple[TrainState, dict[str, float]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One stage of a run: how long it is, and where its progress goes."""
+
+    name: str
+    steps: int
+    seed: int
+    checkpoints: Checkpointer
+    checkpoint: CheckpointConfig
+    metrics: MetricsWriter
+    console: Console
+
+    def resume(self, fresh: Callable[[], TrainState],
+               abstract: TrainState) -> tuple[TrainState, jax.Array, int]:
+        """(state, root key, steps already done); `fresh` is called only without a checkpoint."""
+        key = jax.random.key(self.seed)
+        done = self.checkpoints.latest()
+        if done is None:
+            self.metrics.truncate(self.name, 0)
+            return fresh(), key, 0
+        wanted = {"state": abstract, "key": jax.eval_shape(lambda: jax.random.key(self.seed))}
+        saved, _ = self.checkpoints.restore(wanted, done)
+        self.metrics.truncate(self.name, done)
+        self.console.say(f"{self.name}: continuing after step {done}")
+        return saved["state"], saved["key"], done
+
+    def run(self, state: TrainState, key: jax.Array, done: int, step_fn: StepFn,
+            after: Callable[[int, TrainState], None] | None = None) -> TrainState:
+        """Steps `done` … `steps`; saves every `checkpoint.every` steps and after the last one.
+
+        Raises FloatingPointError where a loss or gradient is not finite: such a state is not saved.
+        """
+        with self.console.stage(self.name, self.steps, done):
+            for step in range(done, self.steps):
+                state, metrics = step_fn(state, step)
+                metrics["perf/compilations"] = compilations()
+                self.metrics.write(self.name, step + 1, metrics)
+                self.console.step(step + 1, metrics)
+                _check_finite(self.name, step + 1, metrics)
+                if (step + 1) % self.checkpoint.every == 0 or step + 1 == self.steps:
+                    self.checkpoints.save(step + 1, {"state": state, "key": key})
+                if after is not None:
+                    after(step + 1, state)
+        self.checkpoints.wait()
+        return state
+
+
+def _check_finite(stage: str, step: int, metrics: dict[str, float]) -> None:
+    for name in (f"{stage}/loss", f"{stage}/grad_norm"):
+        if not np.isfinite(metrics[name]):
+            raise FloatingPointError(
+                f"{name} is {metrics[name]} at step {step} of {stage}; the last checkpoint is from "
+                "before it. A lower learning_rate or clip_norm usually mends this."
+            )
+
+
+def host_metrics(seen: list[dict[str, dict[str, Any]]]) -> dict[str, float]:
+    """The metrics of a step's updates: means over all their tokens, maxima over all updates."""
+    seen = jax.device_get(seen)
+    out = {}
+    for name in seen[0]["means"]:
+        means = [s["means"][name] for s in seen]
+        total = Mean(sum(m.sum for m in means), sum(m.count for m in means))
+        out[name] = float(total.divide())
+    for name in seen[0]["maxima"]:
+        out[name] = float(max(s["maxima"][name] for s in seen))
+    return out
+
+
+def make_reshard(cfg: ModelConfig, layout: Layout, dtype: Any) -> Callable[[Params], Params]:
+    """The jitted cast and move of the weights to where and how rollout needs them, once a step."""
+    cast = lambda params: jax.tree.map(lambda w: w.astype(dtype), params)  # noqa: E731
+    return jax.jit(cast, out_shardings=param_shardings(cfg, layout))
+
+
+def train_sft(stage: Stage, fresh: Callable[[], TrainState], abstract: TrainState,
+              examples: ExampleSet, *, model: ModelConfig, cfg: SFTConfig, layout: Layout,
+              dtype: Any) -> TrainState:
+    """The cold start; returns its last state."""
+    state, key, done = stage.resume(fresh, abstract)
+    rate = schedule(cfg, cfg.steps)
+    update = sft_lib.make_update(model, cfg, make_optimizer(cfg, cfg.steps), dtype=dtype)
+    timer = PhaseTimer()
+
+    def step_fn(state: TrainState, step: int) -> tuple[TrainState, dict[str, float]]:
+        with timer("update"):
+            batch = examples.batch(step, batch_size=cfg.batch_size, seed=stage.seed)
+            batch = jax.device_put(batch, layout.sharding("prompts"))
+            state, seen = update(state, batch)
+            metrics = host_metrics([seen])
+        metrics["sft/learning_rate"] = float(rate(step))
+        spent = timer.take()
+        metrics["perf/tokens_per_s"] = metrics["sft/tokens"] / spent["time/update"]
+        return state, metrics | spent
+
+    return stage.run(state, key, done, step_fn)
+
+
+def train_grpo(stage: Stage, fresh: Callable[[], TrainState], abstract: TrainState,
+               reference: Params | None, data: PromptSet, collect: Collector, *,
+               model: ModelConfig, cfg: GRPOConfig, layout: Layout, dtype: Any,
+               rollouts: RolloutLog,
+               after: Callable[[int, TrainState], None] | None = None) -> TrainState:
+    """GRPO on mutual welfare; returns its last state.
+
+    Args:
+      reference: the frozen policy of the KL term, None without one.
+      after: called with (steps done, state) at the end of every step; evaluates, for instance.
+    """
+    state, key, done = stage.resume(fresh, abstract)
+    rollouts.truncate(done)
+    learner = Learner.make(model, cfg, collect, layout, dtype, stage.steps)
+    timer = PhaseTimer()
+
+    def step_fn(state: TrainState, step: int) -> tuple[TrainState, dict[str, float]]:
+        prompts = data.batch(step, batch_size=cfg.prompts_per_step, seed=stage.seed)
+        with timer("rollout"):
+            policy = learner.reshard(state.params)
+            rollout = collect.roll(policy, prompts, named_key(key, "rollout", step))
+            on_host = jax.device_get(rollout)
+        with timer("reward"):
+            experience = collect.assess(prompts, on_host)
+        with timer("update"):
+            batch = learner.batch(experience, rollout)
+            state, metrics = learner.update(state, reference, batch)
+        with timer("log"):
+            rollouts.write(step + 1, log_rows(experience))
+            metrics |= summarise(experience) | learner.facts(batch, step)
+        spent = timer.take()
+        metrics["perf/tokens_per_s"] = float(on_host.lengths_QG.sum()) / spent["time/rollout"]
+        return state, metrics | spent
+
+    return stage.run(state, key, done, step_fn, after)
+
+
+@dataclasses.dataclass(frozen=True)
+class Learner:
+    """The jitted programs of the GRPO stage, made once."""
+
+    cfg: GRPOConfig
+    layout: Layout
+    reshard: Callable[[Params], Params]
+    one_update: Callable[..., Any]
+    logps: Callable[..., jax.Array]
+    advantages: Callable[..., jax.Array]
+    rate: Callable[[int], float]
+
+    @classmethod
+    def make(cls, model: ModelConfig, cfg: GRPOConfig, collect: Collector, layout: Layout,
+             dtype: Any, steps: int) -> "Learner":
+        total = steps * cfg.updates_per_step
+        options = {"filters": collect.filters, "dtype": dtype}
+        optimizer = make_optimizer(cfg, total)
+        return cls(
+            cfg=cfg,
+            layout=layout,
+            reshard=make_reshard(model, collect.layout, dtype),
+            one_update=grpo_lib.make_update(model, cfg, optimizer, **options),
+            logps=grpo_lib.make_logps(model, cfg, **options),
+            advantages=jax.jit(
+                lambda reward, valid: grpo_lib.advantages(
+                    reward, valid, std=cfg.std, epsilon=cfg.adv_epsilon
+                )
+            ),
+            rate=schedule(cfg, total),
+        )
+
+    def batch(self, experience: Experience, rollout: Rollout) -> Batch:
+        """Advantages beside the tokens they are about, on the devices, cut by prompt."""
+        scores, shape = experience.scores, rollout.lengths_QG.shape
+        valid_B = scores.valid_B
+        sources = [prompt.data_source for prompt in experience.prompts]
+        reward_B = normalize(self.cfg.normalizer, scores.reward_B, sources, valid_B)
+        judged_QG = valid_B.reshape(shape)
+        adv_QG = self.advantages(
+            jnp.asarray(reward_B.reshape(shape), jnp.float32), jnp.asarray(judged_QG)
+        )
+        valid_QG = judged_QG
+        if self.cfg.mask_truncated:
+            valid_QG = judged_QG & experience.rollout.stopped_QG
+        return grpo_lib.place(Batch(
+            prompt_QS=experience.batch.tokens_QS,
+            prompt_lengths_Q=experience.batch.lengths_Q,
+            tokens_QGT=rollout.tokens_QGT,
+            lengths_QG=rollout.lengths_QG,
+            adv_QG=adv_QG,
+            valid_QG=valid_QG,
+            sampler_logp_QGT=rollout.logp_QGT,
+        ), self.layout)
+
+    def update(self, state: TrainState, reference: Params | None,
+               batch: Batch) -> tuple[TrainState, dict[str, float]]:
+        """All optimizer updates of a step: `epochs` passes over `minibatches` pieces."""
+        if self.cfg.old_logp == "sampler":
+            batch = batch.replace(old_logp_QGT=batch.sampler_logp_QGT)
+        elif self.cfg.needs_old_logp:
+            batch = batch.replace(old_logp_QGT=self.logps(state.params, batch))
+        pieces = [batch]
+        if self.cfg.minibatches > 1:
+            n = self.cfg.minibatches
+            pieces = [
+                grpo_lib.place(jax.tree.map(lambda x, i=i: x[i::n], batch), self.layout)
+                for i in range(n)
+            ]
+        seen = []
+        for piece in pieces * self.cfg.epochs:
+            state, metrics = self.one_update(state, reference, piece)
+            seen.append(metrics)
+        return state, host_metrics(seen)
+
+    def facts(self, batch: Batch, step: int) -> dict[str, float]:
+        """What is known about a step's batch without the model."""
+        adv_QG = np.asarray(batch.adv_QG)
+        return {
+            "grpo/learning_rate": float(self.rate((step + 1) * self.cfg.updates_per_step - 1)),
+            "grpo/adv_abs": float(np.abs(adv_QG).mean()),
+            "grpo/groups_without_signal": float((adv_QG == 0).all(axis=1).mean()),
+        }
