@@ -1,1 +1,1 @@
-"""The paper's mathematics: chains, payoff matrices, welfare. Knows no model, tokenizer or network."""
+"""The paper's mathematics: chains, payoff matrices, welfare. No model, tokenizer or network."""

@@ -44,19 +44,19 @@ nothing before, between or after them:
 <analyze>...</analyze>
 <response>...</response>
 
-The user has asked in one of two ways: VQ, a question that is vague or can be read in several ways, \
-or DQ, one that is detailed and clear. You can act in three ways: DA, answer directly; CQ, ask one \
-clarifying question and no more; AQ, answer and add one follow-up question.
+The user has asked in one of two ways: VQ, a question that is vague or can be read in several \
+ways, or DQ, one that is detailed and clear. You can act in three ways: DA, answer directly; CQ, \
+ask one clarifying question and no more; AQ, answer and add one follow-up question.
 
 <thinking>: two to five sentences. Say which kind of question this is, and what each of your three \
 actions would bring and cost both sides: being right, settling what was meant, time, length, safety.
 <payoff>: one strict JSON object, no comments and no trailing comma, with exactly the keys \
 "VQ_DA", "VQ_CQ", "VQ_AQ", "DQ_DA", "DQ_CQ", "DQ_AQ". The value of each is an object with exactly \
-two numbers, "LLM" (what you gain) and "user" (what the user gains), between -5 and 5 with at most \
-one decimal; higher is better.
-<analyze>: list the cells on the Pareto frontier: those for which no other cell is at least as good \
-for both sides and better for one. Among them choose the cell with the largest LLM + user; if \
-several tie, the largest user; if they still tie, the largest LLM. Name its key.
+two numbers, "LLM" (what you gain) and "user" (what the user gains), between -5 and 5 with at \
+most one decimal; higher is better.
+<analyze>: list the cells on the Pareto frontier: those for which no other cell is at least as \
+good for both sides and better for one. Among them choose the cell with the largest LLM + user; \
+if several tie, the largest user; if they still tie, the largest LLM. Name its key.
 <response>: carry the chosen action out for the user. No word about the game here."""
 
 BRIEF_INSTRUCTION = "Write thinking, payoff, analyze, response; act on the best cell."
