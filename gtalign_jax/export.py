@@ -9,6 +9,8 @@ beside the training, on a host without an accelerator: set JAX_PLATFORMS=cpu.
 
 import argparse
 import json
+import logging
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +21,7 @@ from gtalign_jax.config import Config, ConfigError, load_run_config
 from gtalign_jax.data.chat import load_tokenizer, render_chat, stop_ids
 from gtalign_jax.game.chain import KEYS, SYSTEM, render
 from gtalign_jax.model import hf, load
+from gtalign_jax.model.safetensors_io import open_tensors
 from gtalign_jax.model.spec import ModelConfig, Params, abstract_params, num_params
 from gtalign_jax.training.checkpoint import Checkpointer, CheckpointError
 
@@ -27,9 +30,9 @@ GENERATION_FILE = "generation_config.json"
 EVEN = {key: {"LLM": 1.5, "user": 20} for key in KEYS}  # any payoff: sample text for a tokenizer
 
 
-def checkpoint_dir(workdir: str | Path, stage: str) -> Path:
+def checkpoint_dir(workdir: str | Path, stage: str) -> str:
     """Where the checkpoints of a stage lie."""
-    return Path(workdir) / "checkpoints" / stage
+    return f"{str(workdir).rstrip('/')}/checkpoints/{stage}"
 
 
 def find_tokenizer(config: Config, workdir: str | Path) -> str:
@@ -47,7 +50,7 @@ def restore_policy(
     another model.
     """
     stages = [stage] if stage else list(TRAINING_STAGES)
-    found = [name for name in stages if checkpoint_dir(workdir, name).is_dir()]
+    found = [name for name in stages if Path(checkpoint_dir(workdir, name)).is_dir()]
     if not found:
         raise FileNotFoundError(f"{workdir} holds no checkpoint of {' or '.join(stages)}")
     model = load.model_config(config.model, len(load_tokenizer(find_tokenizer(config, workdir))))
@@ -93,22 +96,15 @@ def verify(out: str | Path, model: ModelConfig, tokenizer_dir: str) -> None:
                 f"{type(tokenizer).__name__}, and its token ids differ from those the model was "
                 "trained on"
             )
-    if len(tokenizer) > known.vocab_size:
+    if len(trained_on) > known.vocab_size:
         raise ValueError(
-            f"{out}: {len(tokenizer)} tokens, but the model's vocabulary is {known.vocab_size}"
+            f"{out}: {len(trained_on)} tokens, but the model's vocabulary is {known.vocab_size}"
         )
-    with hf.open_tensors(Path(out)) as files:
+    with open_tensors(Path(out)) as files:
         shapes = [file.get_slice(name).get_shape() for name, file in files.items()]
-    stored = sum(_size(shape) for shape in shapes)
+    stored = sum(math.prod(shape) for shape in shapes)
     if stored != num_params(model):
         raise ValueError(f"{out} holds {stored:,} weights, the model has {num_params(model):,}")
-
-
-def _size(shape: Sequence[int]) -> int:
-    size = 1
-    for n in shape:
-        size *= n
-    return size
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -120,6 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--stage", choices=TRAINING_STAGES, help="default: the run's last one")
     parser.add_argument("--step", type=int, help="default: the newest checkpoint")
     args = parser.parse_args(argv)
+    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax warns that a reader only reads
     try:
         config = load_run_config(args.workdir)
         params, model, what = restore_policy(args.workdir, config, args.stage, args.step)
