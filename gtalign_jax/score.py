@@ -146,7 +146,7 @@ def _results(rows: Sequence[dict[str, Any]], judge: Judge, cfg: RewardConfig) ->
     if not rows:
         return
     prompts = [
-        Prompt(str(i), row["data_source"], (), row["ground_truth"], _question(row))
+        Prompt(str(i), row["data_source"], (), row["ground_truth"], question_of(row))
         for i, row in enumerate(rows)
     ]
     given = [
@@ -158,7 +158,7 @@ def _results(rows: Sequence[dict[str, Any]], judge: Judge, cfg: RewardConfig) ->
         yield {**row, **_result(scores, i)}
 
 
-def _question(row: dict[str, Any]) -> str:
+def question_of(row: dict[str, Any]) -> str:
     """The user's words: `question`, else `prompt`, of which the last user turn if it is a chat."""
     value = row.get("question") or row.get("prompt") or ""
     if isinstance(value, str):
