@@ -12,8 +12,8 @@ Knows the wire and the prompts; what is asked stands in `reward.tasks`.
 import asyncio
 import os
 import random
-import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import openai
 
@@ -67,12 +67,9 @@ class HttpJudge:
         """One Judgement per request, in order; raises for no answer of the server."""
         if not requests:
             return []
-        found: list[list[Judgement]] = []
         # A thread of its own: asyncio.run refuses where a loop already runs, as in a notebook.
-        thread = threading.Thread(target=lambda: found.append(asyncio.run(self._all(requests))))
-        thread.start()
-        thread.join()
-        return found[0]
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(lambda: asyncio.run(self._all(requests))).result()
 
     async def _all(self, requests: Sequence[JudgeRequest]) -> list[Judgement]:
         slots = asyncio.Semaphore(self._cfg.concurrency)
