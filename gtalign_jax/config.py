@@ -197,7 +197,7 @@ def batch_table(config: Config) -> str:
             ("", "completion tokens per step", f"at most {Q * G:,} x {T:,} = {Q * G * T:,}"),
             ("", "prompt tokens per step", f"at most {Q:,} x {config.data.max_prompt_tokens:,} = "
                  f"{Q * config.data.max_prompt_tokens:,}"),
-            ("", "updates per step", f"{grpo.epochs} epochs x {grpo.minibatches} minibatches = "
+            ("", "updates per step", f"{grpo.epochs} x {grpo.minibatches} (epochs x minibatches) = "
                  f"{grpo.updates_per_step:,}"),
             ("", "micro-batches per update",
              f"{mini // micro:,} of {micro:,} prompts = {micro * G:,} completions"),

@@ -90,7 +90,7 @@ def test_the_batch_table_is_the_arithmetic_of_the_settings():
         "completions per step        64 x 8 = 512",
         "completion tokens per step  at most 512 x 4,096 = 2,097,152",
         "prompt tokens per step      at most 64 x 2,048 = 131,072",
-        "updates per step            1 epochs x 2 minibatches = 2",
+        "updates per step            1 x 2 (epochs x minibatches) = 2",
         "micro-batches per update    4 of 8 prompts = 64 completions",
         "updates                     150 steps x 2 = 300",
         "micro-batches per update    4 of 8 rows",
