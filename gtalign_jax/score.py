@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with partial.open("w", encoding="utf-8") as out:
             counts = _score_lines(lines, args.input, out, make_judge(judge_cfg, RULES), cfg)
         os.replace(partial, args.out)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(
