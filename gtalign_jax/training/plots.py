@@ -181,6 +181,8 @@ def _style(axes: Axes, panel: Panel, handles: list[Any], labels: list[str]) -> N
         axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0%", "25%", "50%", "75%", "100%"])
     else:
         low, high = axes.get_ylim()
+        if high - low < 1e-3:  # a flat line: no axis in units of 1e-18
+            high = low + 0.1
         axes.set_ylim(max(0.0, low - 0.05 * (high - low)), high + 0.05 * (high - low))
     axes.legend(handles, labels, fontsize=8, frameon=False, labelcolor=INK, ncols=2,
                 loc="upper left", bbox_to_anchor=(-0.02, -0.19), borderaxespad=0.0)
