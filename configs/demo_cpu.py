@@ -50,4 +50,6 @@ def get_config():
     c.mesh.fsdp = -1
     c.checkpoint.every = 25
     c.evaluate.batch_size = 128
+    c.evaluate.temperature = 1.0
+    c.evaluate.samples = 2
     return c

@@ -33,7 +33,7 @@ from gtalign_jax.model.sharding import ROLLOUT, TRAIN, Layout, check_model_fits,
 from gtalign_jax.model.spec import ModelConfig, Params, num_params
 from gtalign_jax.reward.judges import Judge, make_judge
 from gtalign_jax.reward.rules import RULES
-from gtalign_jax.reward.tasks import check_sources
+from gtalign_jax.reward.tasks import task_of
 from gtalign_jax.rollout.sampler import SamplerConfig, make_sampler
 from gtalign_jax.training import plots
 from gtalign_jax.training.checkpoint import Checkpointer
@@ -79,7 +79,7 @@ class Session:
         prints = self.fingerprint
         if stage == "sft":
             prints = {k: v for k, v in prints.items() if k.startswith(SFT_KEYS)}
-        directory = checkpoint_dir(self.config.workdir, stage)
+        directory = export.checkpoint_dir(self.config.workdir, stage)
         return Checkpointer(directory, self.config.checkpoint, prints)
 
     def stage(self, name: str, steps: int, checkpoints: Checkpointer) -> Stage:
@@ -107,10 +107,6 @@ class Session:
         )
 
 
-def checkpoint_dir(workdir: str, stage: str) -> str:
-    return f"{workdir.rstrip('/')}/checkpoints/{stage}"
-
-
 def open_session(config: Config) -> Session:
     """Everything before the first step. Raises ValueError and the like with a text for the user."""
     console = Console()
@@ -119,7 +115,8 @@ def open_session(config: Config) -> Session:
     mesh = make_mesh(config.mesh)
     prompts = load_prompts(config.data, "train")
     held_out = load_prompts(config.data, "test") if "evaluate" in config.stages else []
-    check_sources({p.data_source for p in prompts} | {p.data_source for p in held_out})
+    for source in sorted({prompt.data_source for prompt in (*prompts, *held_out)}):
+        task_of(source)
     tokenizer, tokenizer_dir = _tokenizer(config, prompts)
     model = load.model_config(config.model, len(tokenizer))
     check_model_fits(model, mesh)

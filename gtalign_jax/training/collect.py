@@ -120,7 +120,10 @@ def summarise(experience: Experience) -> dict[str, float]:
         ),
     }
     out |= {f"reward/{name}": mean(values, valid) for name, values in scores.factors.items()}
-    out |= {f"game/{name}": mean(values, parsed) for name, values in scores.game.items()}
+    out |= {
+        f"game/{name}": mean(values, parsed) for name, values in scores.game.items()
+        if name != "recommended"  # an index of a cell: its mean says nothing
+    }
     known = np.array([right is not None for right in experience.right_B]) & valid
     out["reward/right_action"] = mean([bool(right) for right in experience.right_B], known)
     sources = np.array([prompt.data_source for prompt in experience.prompts])
