@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
 from gtalign_jax.data.sources import DataConfig
@@ -61,7 +61,10 @@ class Config:
     def __post_init__(self) -> None:
         unknown = [stage for stage in self.stages if stage not in STAGES]
         if unknown or len(set(self.stages)) < len(self.stages):
-            raise ValueError(f"stages={self.stages}: expected some of {STAGES}, each once")
+            raise ValueError(
+                f"stages={self.stages}: expected some of {STAGES}, each once; on a command line: "
+                "--config.stages=\"('sft','grpo')\""
+            )
         if list(self.stages) != sorted(self.stages, key=STAGES.index):
             raise ValueError(f"stages={self.stages}: they run in the order {STAGES}")
 
@@ -83,21 +86,37 @@ def define_flag() -> flags.FlagHolder:
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
-    """For `absl.app.run(main, flags_parser=…)`: an override of an unknown key ends with its error
-    text and exit status 2, before the config file is read."""
+    """For `absl.app.run(main, flags_parser=…)`: an override of an unknown key, a value that is none
+    and what a config file raises end with one line and exit status 2."""
     try:
         check_overrides(Config, argv[1:])
+        return flags.FLAGS(list(argv))
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    return app.parse_flags_with_usage(list(argv))
+        problem = str(error)
+    except flags.Error as error:
+        problem = _flag_problem(str(error))
+    print(f"error: {problem}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _flag_problem(text: str) -> str:
+    """What a flag's error says; where ml_collections adds a trace to it, without the trace."""
+    first, _, trace = text.partition("\n")
+    if "Traceback" not in trace:
+        return text
+    flag = re.match(r"flag (\S+):", first)
+    reason = trace.strip().splitlines()[-1].partition("Error: ")[2]
+    return f"{flag[1]}: {reason}" if flag and reason else text
 
 
 def from_flag(holder: flags.FlagHolder) -> Config:
     """The frozen config that the command line names. Raises ConfigError."""
     if holder.value is None:
         raise ConfigError("--config=FILE is required, for example --config=configs/demo_cpu.py")
-    return freeze(Config, holder.value)
+    try:
+        return freeze(Config, holder.value)
+    except OSError as error:  # ml_collections keeps a file that it could not read until now
+        raise ConfigError(f"--config: {str(error).strip().splitlines()[-1].strip()}") from error
 
 
 def check(config: Config, device_count: int) -> None:
