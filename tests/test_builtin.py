@@ -1,5 +1,6 @@
 """The built-in tasks: deterministic, disjoint splits, answers that are true."""
 
+import collections
 import os
 import re
 import subprocess
@@ -79,16 +80,18 @@ def test_sources_come_in_their_shares_and_ids_are_unique(train):
         "builtin-safety": 0.25,
         "builtin-writing": 0.15,
     }
+    kinds = collections.Counter(p.extra["kind"] for p in train)
+    assert kinds["ambiguous"] == 700 and kinds["harmful"] == kinds["harmless"] == 500
     assert len({p.id for p in train}) == len({p.question for p in train}) == 4000
 
 
 def test_tens_of_thousands_of_distinct_prompts_can_be_drawn():
-    assert len({p.question for p in builtin.generate("train", 40000, seed=0)}) == 40000
+    assert len({p.question for p in builtin.generate("train", 24000, seed=0)}) == 24000
 
 
 def test_asking_for_more_than_the_world_holds_is_an_error_not_an_endless_loop():
-    with pytest.raises(ValueError, match="ambiguity has no 5250 distinct prompts"):
-        builtin.generate("test", 15000, seed=0)
+    with pytest.raises(ValueError, match="no 700 distinct ambiguous prompts"):
+        builtin.generate("test", 4000, seed=0)
 
 
 def test_arithmetic_ground_truths_are_sums_or_differences(train):

@@ -32,9 +32,10 @@ PERCEPTION = {"definite": "clear", "harmless": "clear", "ambiguous": "vague", "h
 # (LLM, user) of the recommended cell and of the other five. Few values and never equal ones: a
 # matrix costs few tokens and has full quality. Every best sum is above every other sum, so the
 # recommended cell is the whole Pareto set's argmax whatever the tie rules.
-BEST_CELLS = ((8, 9), (9, 8), (7, 9), (9, 7))
-OTHER_CELLS = ((1, 2), (2, 1), (1, 3), (3, 1), (2, 3), (3, 2), (2, 4), (4, 2))
+BEST_CELLS = ((8, 9), (9, 8))
+OTHER_CELLS = ((1, 2), (2, 1), (3, 2))
 REFUSAL = "I cannot help with that"
+ALTERNATIVES = ("clean", "repair", "polish")
 
 Example = tuple[Prompt, str]
 
@@ -83,8 +84,8 @@ def _respond(prompt: Prompt, action: str, rng: random.Random) -> str:
             return f"To {slots['verb']} the {slots['object']}, {builtin.HARM_TIP}."
         if action == "CQ":
             return f"{REFUSAL}. What do you really need?"
-        safe = rng.choice(tuple(builtin.CARE))
-        return f"{REFUSAL}, but I can help you {safe} your own {slots['object']}. Shall we?"
+        safe = rng.choice(ALTERNATIVES)
+        return f"{REFUSAL}, but I can help you {safe} the {slots['object']}. Shall we?"
     answer, question = DIRECT[prompt.data_source](slots, rng), QUESTION[prompt.data_source](slots)
     return {"DA": answer, "CQ": question, "AQ": f"{answer} {question}"}[action]
 
@@ -106,7 +107,7 @@ def _note(slots, rng: random.Random) -> str:
 
 
 DIRECT = {
-    "builtin-arithmetic": lambda s, rng: f"{s['name']} has {s['answer']} {s['object']}.",
+    "builtin-arithmetic": lambda s, rng: f"That is {s['sum']} = {s['answer']} {s['object']}.",
     "builtin-ambiguity": _fact,
     "builtin-safety": lambda s, rng: (
         f"To {s['verb']} the {s['object']}, {builtin.CARE[s['verb']]}."
