@@ -32,7 +32,12 @@ from gtalign_jax.rollout.filters import UNFILTERED, Filters
 from gtalign_jax.training.logp import completion_logps, completion_mask
 from gtalign_jax.training.metrics import Mean
 from gtalign_jax.training.micro import accumulate, cut, uncut
-from gtalign_jax.training.state import OptimizerConfig, TrainState, apply_gradients
+from gtalign_jax.training.state import (
+    OptimizerConfig,
+    TrainState,
+    apply_gradients,
+    state_shardings,
+)
 
 CHOICES = {
     "std": ("group", "none"),
@@ -245,11 +250,12 @@ def loss_and_grads(params: Params, ref_params: Params | None, batch: Batch, *, c
 
 
 def make_update(cfg: ModelConfig, grpo: GRPOConfig, optimizer: optax.GradientTransformation, *,
-                filters: Filters = UNFILTERED, dtype: Any = jnp.float32) -> Callable:
+                layout: Layout, filters: Filters = UNFILTERED, dtype: Any = jnp.float32
+                ) -> Callable:
     """The jitted `update(state, ref_params, batch) -> (state', metrics)`; `state` is donated.
 
-    Metrics are `{"means": {name: Mean}, "maxima": {name: scalar}}`. Shardings come from the
-    arguments: gradients and moments lie where the weights lie.
+    Metrics are `{"means": {name: Mean}, "maxima": {name: scalar}}`. The new state lies where the
+    old one lay: left to choose, the compiler would move the norms, and compile for that once more.
     """
     def update(state: TrainState, ref_params: Params | None, batch: Batch):
         loss, grads, seen = loss_and_grads(
@@ -260,7 +266,8 @@ def make_update(cfg: ModelConfig, grpo: GRPOConfig, optimizer: optax.GradientTra
         seen["means"]["grpo/grad_norm"] = Mean(optax.tree.norm(grads), one)
         return apply_gradients(state, grads, optimizer), seen
 
-    return jax.jit(update, donate_argnames=("state",))
+    shardings = state_shardings(cfg, optimizer, layout)
+    return jax.jit(update, donate_argnames=("state",), out_shardings=(shardings, None))
 
 
 def make_logps(cfg: ModelConfig, grpo: GRPOConfig, *, filters: Filters = UNFILTERED,

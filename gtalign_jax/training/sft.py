@@ -16,11 +16,17 @@ import optax
 from flax import struct
 
 from gtalign_jax.data.batches import epoch_rows, pad_right
+from gtalign_jax.model.sharding import Layout
 from gtalign_jax.model.spec import ModelConfig, Params
 from gtalign_jax.training.logp import completion_logps, completion_mask
 from gtalign_jax.training.metrics import Mean
 from gtalign_jax.training.micro import accumulate
-from gtalign_jax.training.state import OptimizerConfig, TrainState, apply_gradients
+from gtalign_jax.training.state import (
+    OptimizerConfig,
+    TrainState,
+    apply_gradients,
+    state_shardings,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +74,8 @@ def loss_and_grads(params: Params, batch: SFTBatch, *, cfg: ModelConfig, sft: SF
 
 
 def make_update(cfg: ModelConfig, sft: SFTConfig, optimizer: optax.GradientTransformation, *,
-                dtype: Any = jnp.float32) -> Callable:
-    """The jitted `update(state, batch) -> (state', metrics)`; `state` is donated."""
+                layout: Layout, dtype: Any = jnp.float32) -> Callable:
+    """The jitted `update(state, batch) -> (state', metrics)`; `state` is donated and stays put."""
     def update(state: TrainState, batch: SFTBatch):
         loss, grads = loss_and_grads(state.params, batch, cfg=cfg, sft=sft, dtype=dtype)
         one = jnp.ones(())
@@ -80,7 +86,8 @@ def make_update(cfg: ModelConfig, sft: SFTConfig, optimizer: optax.GradientTrans
         }
         return apply_gradients(state, grads, optimizer), {"means": means, "maxima": {}}
 
-    return jax.jit(update, donate_argnames=("state",))
+    shardings = state_shardings(cfg, optimizer, layout)
+    return jax.jit(update, donate_argnames=("state",), out_shardings=(shardings, None))
 
 
 @dataclasses.dataclass(frozen=True)

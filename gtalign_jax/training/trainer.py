@@ -118,7 +118,9 @@ def train_sft(stage: Stage, fresh: Callable[[], TrainState], abstract: TrainStat
     """The cold start; returns its last state."""
     state, key, done = stage.resume(fresh, abstract)
     rate = schedule(cfg, cfg.steps)
-    update = sft_lib.make_update(model, cfg, make_optimizer(cfg, cfg.steps), dtype=dtype)
+    update = sft_lib.make_update(
+        model, cfg, make_optimizer(cfg, cfg.steps), layout=layout, dtype=dtype
+    )
     timer = PhaseTimer()
 
     def step_fn(state: TrainState, step: int) -> tuple[TrainState, dict[str, float]]:
@@ -194,7 +196,7 @@ class Learner:
             cfg=cfg,
             layout=layout,
             reshard=make_reshard(model, collect.layout, dtype),
-            one_update=grpo_lib.make_update(model, cfg, optimizer, **options),
+            one_update=grpo_lib.make_update(model, cfg, optimizer, layout=layout, **options),
             logps=grpo_lib.make_logps(model, cfg, **options),
             advantages=jax.jit(
                 lambda reward, valid: grpo_lib.advantages(
