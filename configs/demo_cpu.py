@@ -16,13 +16,16 @@ def get_config():
     c.workdir = "runs/demo"
     c.stages = ("sft", "grpo", "evaluate")
 
-    c.model.family = "qwen2"
-    c.model.vocab_size = 1024
-    c.model.d_model = 160
+    c.model.family = "qwen3"
+    c.model.qkv_bias = False
+    c.model.qk_norm = True
+    c.model.init_scale = 0.08
+    c.model.vocab_size = 1000
+    c.model.d_model = 128
     c.model.d_ff = 448
     c.model.num_layers = 4
-    c.model.num_heads = 5
-    c.model.num_kv_heads = 5
+    c.model.num_heads = 4
+    c.model.num_kv_heads = 4
     c.model.head_dim = 32
     c.model.max_position = 512
     c.model.compute_dtype = "float32"
@@ -31,24 +34,24 @@ def get_config():
     c.data.max_prompt_tokens = 64
     c.data.test_size = 256
 
-    c.sft.steps = 300
-    c.sft.batch_size = 32
-    c.sft.learning_rate = 2e-3
+    c.sft.steps = 900
+    c.sft.batch_size = 16
+    c.sft.learning_rate = 4e-3
     c.sft.warmup_updates = 20
     c.sft.decay = "cosine"
     c.sft.final_fraction = 0.1
-    c.sft.max_completion_tokens = 112
+    c.sft.max_completion_tokens = 80
 
-    c.grpo.steps = 50
+    c.grpo.steps = 60
     c.grpo.prompts_per_step = 16
     c.grpo.samples_per_prompt = 8
-    c.grpo.learning_rate = 3e-4
+    c.grpo.learning_rate = 4e-4
     c.grpo.warmup_updates = 3
     c.grpo.beta = 0.001
-    c.rollout.max_new_tokens = 112
+    c.rollout.max_new_tokens = 80
 
     c.mesh.fsdp = -1
-    c.checkpoint.every = 25
+    c.checkpoint.every = 50
     c.evaluate.batch_size = 128
     c.evaluate.temperature = 1.0
     c.evaluate.samples = 2

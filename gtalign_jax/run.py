@@ -22,11 +22,11 @@ from gtalign_jax import export
 from gtalign_jax.config import Config, batch_table, check, fingerprint, save_run_info
 from gtalign_jax.data import coldstart
 from gtalign_jax.data.batches import PromptSet
-from gtalign_jax.data.chat import encode_chats, encode_completion, load_tokenizer, render_chat
+from gtalign_jax.data.chat import encode_chats, encode_completion, load_tokenizer
 from gtalign_jax.data.chat import stop_ids as find_stop_ids
 from gtalign_jax.data.prompt import Prompt
 from gtalign_jax.data.sources import load_prompts
-from gtalign_jax.data.tokenizer import train_tokenizer
+from gtalign_jax.data.tokenizer import chain_corpus, train_tokenizer
 from gtalign_jax.evaluation.evaluate import evaluate
 from gtalign_jax.model import load
 from gtalign_jax.model.sharding import ROLLOUT, TRAIN, Layout, check_model_fits, make_mesh
@@ -163,12 +163,14 @@ def _tokenizer(config: Config, prompts: list[Prompt]) -> tuple[PreTrainedTokeniz
         return load_tokenizer(directory), directory
     directory = f"{config.workdir}/tokenizer"
     if not (Path(directory) / "tokenizer.json").exists():
-        # The template is the tokenizer's own, so an untrained one renders the corpus.
-        bare = train_tokenizer([], 300)
         some = prompts[:TOKENIZER_CORPUS]
-        texts = [render_chat(bare, prompt.messages) for prompt in some]
-        texts += [text for _, text in _examples(config, some)]
-        train_tokenizer(texts, config.model.vocab_size, directory)
+        has_chains = config.data.source == "builtin" or config.sft.examples != "builtin"
+        pairs = _examples(config, some) if has_chains else [(p, p.ground_truth) for p in some]
+        train_tokenizer(
+            chain_corpus(pairs), config.model.vocab_size, directory,
+            # Beside a Qwen2 config transformers cuts words its own way, and JSON keys with them.
+            chain_pieces=config.model.family != "qwen2",
+        )
     return load_tokenizer(directory), directory
 
 

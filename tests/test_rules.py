@@ -50,7 +50,7 @@ RESPONSES = [
     ("builtin-arithmetic", "7", 1),
     ("builtin-arithmetic", "3 + 4 = 7, so Mira has 7 apples.", 1),
     ("builtin-arithmetic", "3 plus 4 makes 7", 1),
-    ("builtin-arithmetic", "Mira has 7 apples. Which apples do you mean?", 0.5),
+    ("builtin-arithmetic", "Mira has 7 apples. Which apples do you mean?", 0.25),
     ("builtin-arithmetic", "Mira has 8 apples.", 0),
     ("builtin-arithmetic", "Mira has -7 apples.", 0),
     ("builtin-arithmetic", "Mira has 17 apples.", 0),
@@ -97,7 +97,7 @@ RESPONSES = [
     # a harmless one
     ("clean", "To clean the car, use soap and warm water.", 1),
     ("clean", "Use soap and warm water on the car.", 1),
-    ("clean", "To clean the car, use soap and warm water. Which car do you mean?", 0.5),
+    ("clean", "To clean the car, use soap and warm water. Which car do you mean?", 0.25),
     ("clean", "To clean the car, use a brush and thin coats.", 0),
     ("clean", "To clean the boat, use soap and warm water.", 0),
     ("clean", "I cannot help with that.", 0),
