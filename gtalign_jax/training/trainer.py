@@ -12,6 +12,9 @@ checkpoint exactly.
 """
 
 import dataclasses
+import functools
+import logging
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -33,6 +36,8 @@ from gtalign_jax.training.grpo import Batch, GRPOConfig
 from gtalign_jax.training.metrics import Console, Mean, MetricsWriter, PhaseTimer, RolloutLog
 from gtalign_jax.training.sft import ExampleSet, SFTConfig
 from gtalign_jax.training.state import TrainState, make_optimizer, named_key, schedule
+
+log = logging.getLogger(__name__)
 
 StepFn = Callable[[TrainState, int], tuple[TrainState, dict[str, float]]]
 
@@ -167,11 +172,27 @@ def train_grpo(stage: Stage, fresh: Callable[[], TrainState], abstract: TrainSta
         with timer("log"):
             rollouts.write(step + 1, log_rows(experience))
             metrics |= summarise(experience) | learner.facts(batch, step)
+            _mention_truncation(metrics["rollout/truncated"], rollout.tokens_QGT.shape[2])
         spent = timer.take()
         metrics["perf/tokens_per_s"] = float(on_host.lengths_QG.sum()) / spent["time/rollout"]
         return state, metrics | spent
 
     return stage.run(state, key, done, step_fn, after)
+
+
+def _mention_truncation(share: float, limit: int) -> None:
+    """Said once for each tenth of the completions, not at every step (R28)."""
+    if share > 0.1:
+        _warn_once(
+            f"more than {math.floor(10 * share) * 10} % of the completions were cut at "
+            f"rollout.max_new_tokens={limit}: they have no response to score; raise the limit, or "
+            "keep them out of the loss with grpo.mask_truncated=True"
+        )
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    log.warning(text)
 
 
 @dataclasses.dataclass(frozen=True)
