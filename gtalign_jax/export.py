@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from gtalign_jax.config import Config, ConfigError, load_run_config
 from gtalign_jax.data.chat import load_tokenizer, render_chat, stop_ids
@@ -72,12 +72,19 @@ def write(
     """
     source = load.resolve(config.model.path) if config.model.path else None
     hf.save_pretrained(params, model, out, source_dir=source, tokenizer_dir=tokenizer_dir)
-    generation = Path(out) / GENERATION_FILE
-    if not generation.exists():
-        tokenizer = load_tokenizer(tokenizer_dir)
-        ids = {"eos_token_id": list(stop_ids(tokenizer)), "pad_token_id": tokenizer.pad_token_id}
-        generation.write_text(json.dumps(ids, indent=2) + "\n", encoding="utf-8")
+    _write_generation_config(Path(out) / GENERATION_FILE, load_tokenizer(tokenizer_dir))
     verify(out, model, tokenizer_dir)
+
+
+def _write_generation_config(file: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Makes generation stop wherever sampling stopped in training; what else it says stays."""
+    known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    stops = list(stop_ids(tokenizer, known))
+    listed = known.get("eos_token_id")
+    if sorted([listed] if isinstance(listed, int) else listed or []) == stops:
+        return
+    settings = {"pad_token_id": tokenizer.pad_token_id} | known | {"eos_token_id": stops}
+    file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def verify(out: str | Path, model: ModelConfig, tokenizer_dir: str) -> None:

@@ -106,3 +106,19 @@ def test_the_command_explains_itself(capsys):
         export.main(["--help"])
     assert done.value.code == 0
     assert "python -m gtalign_jax.export --workdir=runs/demo --out=DIR" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("given,expected", [
+    (None, {"eos_token_id": [2], "pad_token_id": 0}),  # the tokenizer's own
+    ({"eos_token_id": 2, "top_k": 20}, {"eos_token_id": 2, "top_k": 20}),
+    ({"eos_token_id": 7, "pad_token_id": 7}, {"eos_token_id": [2, 7], "pad_token_id": 7}),
+    ({"top_k": 20}, {"pad_token_id": 0, "top_k": 20, "eos_token_id": [2]}),
+])
+def test_generation_stops_where_sampling_stopped_and_keeps_the_models_settings(
+    tmp_path, given, expected
+):
+    tokenizer, file = train_tokenizer([], 300), tmp_path / "generation_config.json"
+    if given is not None:
+        file.write_text(json.dumps(given))
+    export._write_generation_config(file, tokenizer)
+    assert json.loads(file.read_text()) == expected
