@@ -18,7 +18,8 @@ _CONFIG = define_flag()
 
 def main(argv: list[str]) -> None:
     del argv
-    logging.getLogger("absl").setLevel(logging.WARNING)
+    for name in ("absl", "httpx"):  # the judge's client would report each of its requests
+        logging.getLogger(name).setLevel(logging.WARNING)
     try:
         run(from_flag(_CONFIG))
     except (ConfigError, ValueError, TypeError, FileNotFoundError) as error:
