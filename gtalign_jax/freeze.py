@@ -82,7 +82,8 @@ def check_key(cls: type, path: str) -> None:
             if _is_mapping(hint) or hint is Any:
                 return
             raise ConfigError(
-                f"unknown key {path!r}: {parent!r} is of type {_show(hint)}, it has no keys of its own"
+                f"unknown key {path!r}: {parent!r} is of type {_show(hint)}, it has no keys of its "
+                "own"
             )
         names = [field.name for field in dataclasses.fields(section)]
         if part not in names:
