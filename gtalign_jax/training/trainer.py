@@ -62,7 +62,12 @@ class Stage:
         if done is None:
             self.metrics.truncate(self.name, 0)
             return fresh(), key, 0
-        wanted = {"state": abstract, "key": jax.eval_shape(lambda: jax.random.key(self.seed))}
+        # On every device: on one of several it could not meet the weights in a jitted function.
+        everywhere = abstract.updates.sharding
+        wanted = {
+            "state": abstract,
+            "key": jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=everywhere),
+        }
         saved, _ = self.checkpoints.restore(wanted, done)
         self.metrics.truncate(self.name, done)
         self.console.say(f"{self.name}: continuing after step {done}")
