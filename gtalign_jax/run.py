@@ -53,7 +53,7 @@ from gtalign_jax.training.trainer import Stage, make_reshard, train_grpo, train_
 log = logging.getLogger(__name__)
 
 TOKENIZER_CORPUS = 2000  # training prompts, with a chain each, that a new tokenizer is learnt from
-SFT_KEYS = ("seed", "model.", "data.", "sft.", "identity.")  # what a cold start depends on
+SFT_KEYS = ("seed", "model.", "data.", "sft.", "identity")  # what a cold start depends on
 
 
 @dataclasses.dataclass(frozen=True)
