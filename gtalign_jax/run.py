@@ -238,6 +238,7 @@ def run_grpo(session: Session, policy: Params, checkpoints: Checkpointer) -> Tra
     fresh, abstract = _states(session, policy, cfg, cfg.steps * cfg.updates_per_step)
     rollouts = RolloutLog(config.workdir)
     every = config.evaluate.every_steps if session.test else 0
+    session.metrics.truncate("evaluate", checkpoints.latest() or 0)
 
     def after(step: int, state: TrainState) -> None:
         if every and step % every == 0 and step < cfg.steps:
