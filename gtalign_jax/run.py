@@ -5,6 +5,7 @@
     run            policy = load; evaluate; policy = sft; evaluate; policy = grpo; evaluate; export
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -112,6 +113,8 @@ def open_session(config: Config) -> Session:
     console = Console()
     check(config, jax.device_count())
     save_run_info(config.workdir, config)
+    if jax.default_backend() != "cpu":  # a CPU's programs are quick to compile, and not portable
+        jax.config.update("jax_compilation_cache_dir", f"{config.workdir}/compiled")
     mesh = make_mesh(config.mesh)
     prompts = load_prompts(config.data, "train")
     held_out = load_prompts(config.data, "test") if "evaluate" in config.stages else []
@@ -236,7 +239,6 @@ def run_grpo(session: Session, policy: Params, checkpoints: Checkpointer) -> Tra
     """GRPO from `policy`, which is also the reference, or from its last checkpoint."""
     config, cfg = session.config, session.config.grpo
     fresh, abstract = _states(session, policy, cfg, cfg.steps * cfg.updates_per_step)
-    rollouts = RolloutLog(config.workdir)
     every = config.evaluate.every_steps if session.test else 0
     session.metrics.truncate("evaluate", checkpoints.latest() or 0)
 
@@ -245,13 +247,14 @@ def run_grpo(session: Session, policy: Params, checkpoints: Checkpointer) -> Tra
             means = evaluate_policy(session, state.params, f"step {step}")
             session.metrics.write("evaluate", step, means)
 
-    return train_grpo(
-        session.stage("grpo", cfg.steps, checkpoints), fresh, abstract,
-        policy if cfg.reference else None, session.train,
-        session.collector(config.rollout, cfg.samples_per_prompt),
-        model=session.model, cfg=cfg, layout=session.train_layout, dtype=session.dtype,
-        rollouts=rollouts, after=after,
-    )
+    with contextlib.closing(RolloutLog(config.workdir)) as rollouts:
+        return train_grpo(
+            session.stage("grpo", cfg.steps, checkpoints), fresh, abstract,
+            policy if cfg.reference else None, session.train,
+            session.collector(config.rollout, cfg.samples_per_prompt),
+            model=session.model, cfg=cfg, layout=session.train_layout, dtype=session.dtype,
+            rollouts=rollouts, after=after,
+        )
 
 
 def _states(session: Session, policy: Params | None, cfg: OptimizerConfig, updates: int):
@@ -283,30 +286,37 @@ def run(config: Config) -> dict[str, dict[str, float]]:
     FloatingPointError where the training diverges.
     """
     session = open_session(config)
-    results = plots.read_results(config.workdir)
+    with contextlib.closing(session.metrics):
+        results = plots.read_results(config.workdir)
+        return _finish(session, _train(session, results), results)
+
+
+def _train(session: Session, results: dict[str, dict[str, float]]) -> Params | None:
+    """The training stages, each between two evaluations; None where there is no such stage."""
+    config, policy = session.config, None
 
     def report(label: str, params: Params) -> None:
         if session.test is not None and label not in results:
             results[label] = evaluate_policy(session, params, label)
             plots.save_results(config.workdir, results)
 
-    policy = None
-    for name, stage, before, after in (
-        ("sft", run_sft, plots.BEFORE, plots.COLD_START),
-        ("grpo", run_grpo, plots.COLD_START if "sft" in config.stages else plots.BEFORE,
-         plots.AFTER),
+    for name, stage, steps, before, after in (
+        ("sft", run_sft, config.sft.steps, plots.BEFORE, plots.COLD_START),
+        ("grpo", run_grpo, config.grpo.steps,
+         plots.COLD_START if "sft" in config.stages else plots.BEFORE, plots.AFTER),
     ):
         if name not in config.stages:
             continue
-        checkpoints = session.checkpoints(name)
-        if policy is None and not (checkpoints.steps() and name == "sft" and before in results):
-            policy = load_policy(session)
-        if before not in results:
-            report(before, policy)
-        policy = stage(session, policy, checkpoints).params
-        checkpoints.close()
+        with contextlib.closing(session.checkpoints(name)) as checkpoints:
+            if checkpoints.latest() != steps:
+                results.pop(after, None)  # of fewer steps, when a finished run is prolonged
+            if policy is None and not (checkpoints.steps() and name == "sft" and before in results):
+                policy = load_policy(session)
+            if before not in results:
+                report(before, policy)
+            policy = stage(session, policy, checkpoints).params
         report(after, policy)
-    return _finish(session, policy, results)
+    return policy
 
 
 def _finish(session: Session, policy: Params | None,
@@ -324,5 +334,4 @@ def _finish(session: Session, policy: Params | None,
         session.console.say(f"exported: {out}")
     if results:
         session.console.say(plots.save_results(config.workdir, results))
-    session.metrics.close()
     return results
