@@ -45,7 +45,7 @@ def get_config():
     c.grpo.steps = 60
     c.grpo.prompts_per_step = 16
     c.grpo.samples_per_prompt = 8
-    c.grpo.learning_rate = 4e-4
+    c.grpo.learning_rate = 6e-4
     c.grpo.warmup_updates = 3
     c.grpo.beta = 0.001
     c.rollout.max_new_tokens = 80

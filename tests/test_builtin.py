@@ -75,13 +75,13 @@ def _fact(prompt):
 def test_sources_come_in_their_shares_and_ids_are_unique(train):
     shares = {source: len(group) / len(train) for source, group in _by_source(train).items()}
     assert shares == {
-        "builtin-arithmetic": 0.25,
-        "builtin-ambiguity": 0.35,
-        "builtin-safety": 0.25,
-        "builtin-writing": 0.15,
+        "builtin-arithmetic": 0.2,
+        "builtin-ambiguity": 0.375,
+        "builtin-safety": 0.3,
+        "builtin-writing": 0.125,
     }
     kinds = collections.Counter(p.extra["kind"] for p in train)
-    assert kinds["ambiguous"] == 700 and kinds["harmful"] == kinds["harmless"] == 500
+    assert kinds["ambiguous"] == kinds["harmful"] == 800 and kinds["harmless"] == 400
     assert len({p.id for p in train}) == len({p.question for p in train}) == 4000
 
 
@@ -90,7 +90,7 @@ def test_tens_of_thousands_of_distinct_prompts_can_be_drawn():
 
 
 def test_asking_for_more_than_the_world_holds_is_an_error_not_an_endless_loop():
-    with pytest.raises(ValueError, match="no 700 distinct ambiguous prompts"):
+    with pytest.raises(ValueError, match="no 800 distinct ambiguous prompts"):
         builtin.generate("test", 4000, seed=0)
 
 

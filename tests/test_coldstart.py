@@ -105,7 +105,7 @@ def test_every_action_renders_for_every_prompt_and_scores_as_it_should(prompts):
     assert scores == {
         ("builtin-arithmetic", "definite", "DA"): {1.0},
         ("builtin-arithmetic", "definite", "CQ"): {0.0},
-        ("builtin-arithmetic", "definite", "AQ"): {0.5},
+        ("builtin-arithmetic", "definite", "AQ"): {0.25},
         ("builtin-ambiguity", "definite", "DA"): {1.0},
         ("builtin-ambiguity", "definite", "CQ"): {0.0},
         ("builtin-ambiguity", "definite", "AQ"): {0.0},
@@ -117,7 +117,7 @@ def test_every_action_renders_for_every_prompt_and_scores_as_it_should(prompts):
         ("builtin-safety", "harmful", "AQ"): {0.5},
         ("builtin-safety", "harmless", "DA"): {1.0},
         ("builtin-safety", "harmless", "CQ"): {0.0},
-        ("builtin-safety", "harmless", "AQ"): {0.5},
+        ("builtin-safety", "harmless", "AQ"): {0.25},
         ("builtin-writing", "definite", "DA"): {4.0},
         ("builtin-writing", "definite", "CQ"): {0.0},
         ("builtin-writing", "definite", "AQ"): {3.0},

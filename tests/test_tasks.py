@@ -8,20 +8,22 @@ from gtalign_jax.reward.bleu import char_bleu
 from gtalign_jax.reward.rules import RULES
 from gtalign_jax.reward.tasks import TASKS, task_of
 
+HARMFUL = [
+    ("harmful", 0, 1, 0),
+    ("harmful", 0.5, 1, 1),  # only the constructive alternative pays both
+    ("harmful", 1, 0, 1),
+    ("harmful", -3, 1, 0),
+    ("harmful", 7, 0, 1),
+]
+UNHARMFUL = [("unharmful", 0, 0, 0), ("unharmful", 0.5, 1, 1), ("unharmful", 1, 1, 1)]
+# The built-in rule grades a harmless answer that asks back without need at 0.25.
+BUILTIN = [("unharmful", 0, 0, 0), ("unharmful", 0.25, 0.25, 0.25), ("unharmful", 1, 1, 1)]
 
-@pytest.mark.parametrize("source", ["wildguard", "builtin-safety"])
+
 @pytest.mark.parametrize(
-    ("truth", "raw", "user", "llm"),
-    [
-        ("harmful", 0, 1, 0),
-        ("harmful", 0.5, 1, 1),  # only the constructive alternative pays both
-        ("harmful", 1, 0, 1),
-        ("unharmful", 0, 0, 0),
-        ("unharmful", 0.5, 1, 1),
-        ("unharmful", 1, 1, 1),
-        ("harmful", -3, 1, 0),
-        ("harmful", 7, 0, 1),
-    ],
+    ("source", "truth", "raw", "user", "llm"),
+    [("wildguard", *row) for row in HARMFUL + UNHARMFUL]
+    + [("builtin-safety", *row) for row in HARMFUL + BUILTIN],
 )
 def test_on_harmful_prompts_only_the_alternative_pays_both_sides(source, truth, raw, user, llm):
     assert task_of(source).qualities(raw, truth, "text")[:2] == (user, llm)

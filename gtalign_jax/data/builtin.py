@@ -273,10 +273,10 @@ def _writing(rng: random.Random) -> Draft:
 MIX: tuple[tuple[str, Callable[[random.Random], Draft], float], ...] = (
     ("builtin-arithmetic", _arithmetic, 0.2),
     ("builtin-ambiguity", _definite, 0.175),
-    ("builtin-ambiguity", _ambiguous, 0.175),
+    ("builtin-ambiguity", _ambiguous, 0.2),
     ("builtin-safety", _harmful, 0.2),
     ("builtin-safety", _harmless, 0.1),
-    ("builtin-writing", _writing, 0.15),
+    ("builtin-writing", _writing, 0.125),
 )
 
 

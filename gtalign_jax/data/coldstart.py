@@ -29,11 +29,18 @@ from gtalign_jax.game import chain
 log = logging.getLogger(__name__)
 
 PERCEPTION = {"definite": "clear", "harmless": "clear", "ambiguous": "vague", "harmful": "harmful"}
-# (LLM, user) of the recommended cell and of the other five. Few values and never equal ones: a
-# matrix costs few tokens and has full quality. Every best sum is above every other sum, so the
-# recommended cell is the whole Pareto set's argmax whatever the tie rules.
-BEST_CELLS = ((8, 9), (9, 8))
-OTHER_CELLS = ((1, 2), (2, 1), (3, 2))
+# (LLM, user) of the recommended cell and of the other five, by what the request is taken for. Few
+# values and never equal ones: a matrix costs few tokens and has full quality. Every best sum is
+# above every other sum, so the recommended cell is the whole Pareto set's argmax whatever the tie
+# rules. The stakes differ by perception, for every action alike: so a model must look at the
+# request in each cell it writes, and GRPO can move the actions of harmful requests apart from
+# those of clear ones.
+BEST_CELLS = {
+    "clear": ((8, 9), (9, 8)), "vague": ((7, 8), (8, 7)), "harmful": ((6, 7), (7, 6)),
+}
+OTHER_CELLS = {
+    "clear": ((1, 2), (2, 1), (3, 2)), "vague": ((3, 4), (4, 3)), "harmful": ((1, 3), (3, 1)),
+}
 REFUSAL = "I cannot help with that"
 ALTERNATIVES = ("clean", "repair", "polish")
 
@@ -59,7 +66,8 @@ def render_chain(prompt: Prompt, rng: random.Random, action: str | None = None) 
         raise ValueError(f"action is {action!r}; allowed: {', '.join(chain.ACTIONS)}")
     kind = prompt.extra["kind"]
     row = "VQ" if kind == "ambiguous" else "DQ"
-    payoff_UAP = _payoff(chain.USER_ACTIONS.index(row), chain.ACTIONS.index(action), rng)
+    best = chain.USER_ACTIONS.index(row), chain.ACTIONS.index(action)
+    payoff_UAP = _payoff(*best, PERCEPTION[kind], rng)
     text = chain.render(
         f"This is {PERCEPTION[kind]}.",
         payoff_UAP,
@@ -70,9 +78,9 @@ def render_chain(prompt: Prompt, rng: random.Random, action: str | None = None) 
     return text.replace(spaced, spaced.replace(" ", ""))
 
 
-def _payoff(best_user: int, best_llm: int, rng: random.Random) -> np.ndarray:
-    cells = [rng.choice(OTHER_CELLS) for _ in range(6)]
-    cells[best_user * 3 + best_llm] = rng.choice(BEST_CELLS)
+def _payoff(best_user: int, best_llm: int, perception: str, rng: random.Random) -> np.ndarray:
+    cells = [rng.choice(OTHER_CELLS[perception]) for _ in range(6)]
+    cells[best_user * 3 + best_llm] = rng.choice(BEST_CELLS[perception])
     return np.array(cells).reshape(2, 3, 2)
 
 
