@@ -159,7 +159,6 @@ def test_sampled_frequencies_follow_the_softmax():
     prompts_QS, lengths_Q, _ = tiny.rows(Q=1)
     rollout = sample(params=params, prompts=(prompts_QS, lengths_Q), G=4000, max_new_tokens=1)
     counts = np.bincount(rollout.tokens_QGT[0, :, 0], minlength=50)
-    from gtalign_jax.model import forward
 
     p = jax.nn.softmax(forward.full_logits(params, tiny.CFG, prompts_QS, lengths_Q))
     p = np.asarray(p[0, int(lengths_Q[0]) - 1, :50], np.float64)

@@ -28,8 +28,7 @@ from gtalign_jax.rollout.sampler import Rollout
 class Experience:
     """Scored completions of Q prompts × G samples, on the host; rows are prompt-major.
 
-    `right_B` says whether the response is of the kind its prompt calls for, None where the task
-    does not say (design §6: built-in tasks do).
+    `right_B` says whether the response is of a kind that its prompt calls for (`rules.right_kinds`).
     """
 
     batch: PromptBatch
@@ -37,7 +36,7 @@ class Experience:
     prompts: tuple[Prompt, ...]
     texts: tuple[str, ...]
     scores: Scores
-    right_B: tuple[bool | None, ...]
+    right_B: tuple[bool, ...]
 
     @property
     def samples(self) -> int:
@@ -75,17 +74,10 @@ class Collector:
         )
         scores = score(prompts, texts, self.judge, self.reward)
         right = tuple(
-            _is_right(prompt, chain.response)
+            chain.response is not None and response_kind(chain.response) in right_kinds(prompt)
             for prompt, chain in zip(prompts, scores.chains, strict=True)
         )
         return Experience(batch, rollout, prompts, texts, scores, right)
-
-
-def _is_right(prompt: Prompt, response: str | None) -> bool | None:
-    kinds = right_kinds(prompt)
-    if not kinds:
-        return None
-    return response is not None and response_kind(response) in kinds
 
 
 def mean(values: Any, where: Any = None) -> float:
@@ -124,8 +116,7 @@ def summarise(experience: Experience) -> dict[str, float]:
         f"game/{name}": mean(values, parsed) for name, values in scores.game.items()
         if name != "recommended"  # an index of a cell: its mean says nothing
     }
-    known = np.array([right is not None for right in experience.right_B]) & valid
-    out["reward/right_action"] = mean([bool(right) for right in experience.right_B], known)
+    out["reward/right_action"] = mean(experience.right_B, valid)
     sources = np.array([prompt.data_source for prompt in experience.prompts])
     for source in sorted(set(sources)):
         out[f"source/{source}"] = mean(scores.reward_B, valid & (sources == source))
