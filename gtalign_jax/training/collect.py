@@ -28,7 +28,7 @@ from gtalign_jax.rollout.sampler import Rollout
 class Experience:
     """Scored completions of Q prompts × G samples, on the host; rows are prompt-major.
 
-    `right_B` says whether the response is of a kind that its prompt calls for (`rules.right_kinds`).
+    `right_B`: the response is of a kind that its prompt calls for (`rules.right_kinds`).
     """
 
     batch: PromptBatch
