@@ -42,11 +42,13 @@ def get_config():
     c.sft.final_fraction = 0.1
     c.sft.max_completion_tokens = 80
 
-    c.grpo.steps = 60
+    c.grpo.steps = 45
     c.grpo.prompts_per_step = 16
     c.grpo.samples_per_prompt = 8
     c.grpo.learning_rate = 6e-4
     c.grpo.warmup_updates = 3
+    c.grpo.decay = "linear"
+    c.grpo.final_fraction = 0.1
     c.grpo.beta = 0.001
     c.rollout.max_new_tokens = 80
 

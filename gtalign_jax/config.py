@@ -72,7 +72,7 @@ class Config:
 # Keys that change how fast or where a run computes, not what; a checkpoint may outlive them.
 _CIRCUMSTANCES = re.compile(
     r"workdir|stages|(mesh|checkpoint|evaluate)\..*"
-    r"|(sft|grpo)\.(micro_batch\w*|logit_chunk|remat)"
+    r"|(sft|grpo)\.(micro_batch\w*|logit_chunk|remat|log_every)"
     r"|judge\.(base_url|api_key_env|concurrency|timeout_s|retries)"
     r"|data\.(test|test_size)"
 )

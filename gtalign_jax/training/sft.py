@@ -40,6 +40,12 @@ class SFTConfig(OptimizerConfig):
     max_completion_tokens: int = 1024
     logit_chunk: int = 128
     remat: bool = False
+    log_every: int = 20  # steps between lines on the console; the files get every step
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.log_every < 1:
+            raise ValueError(f"sft.log_every={self.log_every}: must be >= 1")
 
 
 @struct.dataclass

@@ -53,6 +53,7 @@ class Stage:
     checkpoint: CheckpointConfig
     metrics: MetricsWriter
     console: Console
+    log_every: int = 1  # steps between lines on the console; the files get every step
 
     def resume(self, fresh: Callable[[], TrainState],
                abstract: TrainState) -> tuple[TrainState, jax.Array, int]:
@@ -84,7 +85,8 @@ class Stage:
                 state, metrics = step_fn(state, step)
                 metrics["perf/compilations"] = compilations()
                 self.metrics.write(self.name, step + 1, metrics)
-                self.console.step(step + 1, metrics)
+                if (step + 1) % self.log_every == 0 or step + 1 == self.steps:
+                    self.console.step(step + 1, metrics)
                 _check_finite(self.name, step + 1, metrics)
                 if (step + 1) % self.checkpoint.every == 0 or step + 1 == self.steps:
                     self.checkpoints.save(step + 1, {"state": state, "key": key})
