@@ -123,6 +123,11 @@ class Checkpointer:
         """All complete steps, oldest first."""
         return sorted(self._manager.all_steps())
 
+    def check(self) -> None:
+        """Raises CheckpointError where the newest checkpoint belongs to another run."""
+        if (step := self.latest()) is not None:
+            self._run_of(step)
+
     def restore(
         self, abstract_state: Any, step: int | None = None, *, partial: bool = False
     ) -> tuple[Any, dict[str, Any]]:
@@ -137,8 +142,7 @@ class Checkpointer:
         if step is None or step not in self._manager.all_steps():
             have = self.steps() or "none"
             raise FileNotFoundError(f"no checkpoint of step {step} in {self.directory}: {have}")
-        run = self._manager.restore(step, args=ocp.args.Composite(**{_RUN: ocp.args.JsonRestore()}))
-        self._check_fingerprint(step, run[_RUN]["fingerprint"])
+        run = self._run_of(step)
         wanted = jax.tree.map(_on_disk, abstract_state)
         self._check_shapes(step, wanted, partial)
         args = ocp.args.PyTreeRestore(
@@ -147,7 +151,7 @@ class Checkpointer:
             partial_restore=partial,
         )
         state = self._manager.restore(step, args=ocp.args.Composite(**{_STATE: args}))[_STATE]
-        return jax.tree.map(_data_to_key, abstract_state, state), run[_RUN]["extra"]
+        return jax.tree.map(_data_to_key, abstract_state, state), run["extra"]
 
     def close(self) -> None:
         """Finish the save in flight and let go of the directory. Raises as `wait` does."""
@@ -155,6 +159,12 @@ class Checkpointer:
             self.wait()
         finally:
             self._manager.close()
+
+    def _run_of(self, step: int) -> dict[str, Any]:
+        """What lies beside the arrays: whose they are (checked here) and `extra`."""
+        run = self._manager.restore(step, args=ocp.args.Composite(**{_RUN: ocp.args.JsonRestore()}))
+        self._check_fingerprint(step, run[_RUN]["fingerprint"])
+        return run[_RUN]
 
     def _check_fingerprint(self, step: int, saved: Mapping[str, Any]) -> None:
         absent = "(absent)"
