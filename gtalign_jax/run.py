@@ -83,9 +83,9 @@ class Session:
         directory = export.checkpoint_dir(self.config.workdir, stage)
         return Checkpointer(directory, self.config.checkpoint, prints)
 
-    def stage(self, name: str, steps: int, checkpoints: Checkpointer) -> Stage:
+    def stage(self, name: str, steps: int, checkpoints: Checkpointer, log_every: int = 1) -> Stage:
         return Stage(name, steps, self.config.seed, checkpoints, self.config.checkpoint,
-                     self.metrics, self.console)
+                     self.metrics, self.console, log_every)
 
     @functools.cached_property
     def evaluation(self) -> tuple[Collector, Any]:
@@ -112,7 +112,6 @@ def open_session(config: Config) -> Session:
     """Everything before the first step. Raises ValueError and the like with a text for the user."""
     console = Console()
     check(config, jax.device_count())
-    save_run_info(config.workdir, config)
     if jax.default_backend() != "cpu":  # a CPU's programs are quick to compile, and not portable
         jax.config.update("jax_compilation_cache_dir", f"{config.workdir}/compiled")
     mesh = make_mesh(config.mesh)
@@ -138,10 +137,24 @@ def open_session(config: Config) -> Session:
         dtype=jnp.dtype(config.model.compute_dtype),
         metrics=MetricsWriter(config.workdir),
         console=console,
-        fingerprint=fingerprint(config, identity=_identity(model, tokenizer, prompts)),
+        fingerprint=fingerprint(config, identity=_identity(config, model, tokenizer, prompts)),
     )
+    _claim(session)
     _greet(session)
     return session
+
+
+def _claim(session: Session) -> None:
+    """Signs the work directory with this run's config, unless another run's checkpoints lie there.
+
+    Raises CheckpointError. Refused before anything is computed or overwritten.
+    """
+    config = session.config
+    for stage in export.TRAINING_STAGES:
+        if stage in config.stages and Path(export.checkpoint_dir(config.workdir, stage)).is_dir():
+            with contextlib.closing(session.checkpoints(stage)) as checkpoints:
+                checkpoints.check()
+    save_run_info(config.workdir, config)
 
 
 def _greet(session: Session) -> None:
@@ -183,14 +196,19 @@ def _examples(config: Config, prompts: list[Prompt]) -> list[coldstart.Example]:
     return coldstart.load_examples(config.sft.examples)
 
 
-def _identity(model: ModelConfig, tokenizer: PreTrainedTokenizerBase,
+def _identity(config: Config, model: ModelConfig, tokenizer: PreTrainedTokenizerBase,
               prompts: list[Prompt]) -> dict[str, Any]:
     """What the config only points at: a changed file under the same name is another run."""
-    digest = lambda x: hashlib.sha256(json.dumps(x, sort_keys=True).encode()).hexdigest()[:16]  # noqa: E731
+    digest = lambda data: hashlib.sha256(data).hexdigest()[:16]  # noqa: E731
+    text = lambda x: json.dumps(x, sort_keys=True).encode()  # noqa: E731
+    cold_start = config.sft.examples if "sft" in config.stages else None
+    if cold_start not in ("builtin", None):
+        cold_start = digest(Path(cold_start).read_bytes())
     return {
+        "cold_start": cold_start,
         "model": dataclasses.asdict(model),
-        "tokenizer": digest([tokenizer.get_vocab(), tokenizer.chat_template]),
-        "prompts": digest([[p.id, p.question, p.ground_truth] for p in prompts]),
+        "tokenizer": digest(text([tokenizer.get_vocab(), tokenizer.chat_template])),
+        "prompts": digest(text([[p.id, p.question, p.ground_truth] for p in prompts])),
     }
 
 
@@ -230,8 +248,9 @@ def run_sft(session: Session, policy: Params | None, checkpoints: Checkpointer) 
     cfg = session.config.sft
     fresh, abstract = _states(session, policy, cfg, cfg.steps)
     return train_sft(
-        session.stage("sft", cfg.steps, checkpoints), fresh, abstract, _example_set(session),
-        model=session.model, cfg=cfg, layout=session.train_layout, dtype=session.dtype,
+        session.stage("sft", cfg.steps, checkpoints, cfg.log_every), fresh, abstract,
+        _example_set(session), model=session.model, cfg=cfg, layout=session.train_layout,
+        dtype=session.dtype,
     )
 
 
