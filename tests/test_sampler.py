@@ -12,7 +12,7 @@ import tiny
 from gtalign_jax.model import forward
 from gtalign_jax.model.sharding import ROLLOUT, Layout, MeshConfig, make_mesh, param_shardings
 from gtalign_jax.rollout.filters import Filters
-from gtalign_jax.rollout.sampler import SamplerConfig, make_sampler
+from gtalign_jax.rollout.sampler import SamplerConfig, choose, make_sampler
 from gtalign_jax.training.logp import completion_logps
 
 Q, G, T = 3, 4, 12
@@ -186,3 +186,18 @@ def test_the_compiled_sampler_has_no_host_callback():
 def test_without_a_stop_token_making_a_sampler_is_an_error():
     with pytest.raises(ValueError, match="stop_ids is empty"):
         make_sampler(tiny.CFG, SamplerConfig(max_new_tokens=4), 2, ())
+
+
+def test_a_token_without_mass_is_never_drawn_wherever_the_uniform_number_falls():
+    """A parallel sum rises by rounding where nothing is added: a draw there had log p = -1e30."""
+    logits_V = np.where(np.arange(1000) % 20 == 3, np.linspace(-4, 4, 1000), forward.NEG)
+    logits_V[990:] = forward.NEG  # padding of a vocabulary
+    mass_V = np.asarray(jax.jit(jnp.cumsum)(jnp.exp(jnp.asarray(logits_V - 4, jnp.float32))))
+    edges = (mass_V / mass_V[-1]).astype(np.float32)
+    ulps = np.float32(2.0**-24) * np.arange(-3, 4, dtype=np.float32)
+    uniform = np.clip(edges[:, None] + ulps[None, :], 0, 1 - 2.0**-23).reshape(1, -1)
+    logits_QGV = jnp.broadcast_to(jnp.asarray(logits_V, jnp.float32), (1, uniform.size, 1000))
+    token_QG, logp_QG = choose(logits_QGV, Filters(), jnp.asarray(uniform, jnp.float32))
+    assert (logits_V[np.asarray(token_QG)] > forward.NEG).all()
+    assert logp_QG.min() > -20
+    assert len(np.unique(token_QG)) == (logits_V > forward.NEG).sum()

@@ -71,8 +71,10 @@ def _draw(logits_QGV: jax.Array, uniform_QG: jax.Array) -> jax.Array:
     """Inverse-CDF sampling: one uniform number per row instead of V Gumbels."""
     weights = jnp.exp(logits_QGV - logits_QGV.max(axis=-1, keepdims=True))
     mass = jnp.cumsum(weights, axis=-1)
-    # Strictly greater: a token without mass repeats its neighbour's sum and is never first.
-    above = mass > (uniform_QG * mass[..., -1])[..., None]
+    # A parallel sum is not monotone: it may rise by a rounding error at a token without mass, which
+    # must not be drawn for that, and its last entry need not be its largest.
+    mass = jnp.where(weights > 0, mass, 0.0)
+    above = mass > (uniform_QG * mass.max(axis=-1))[..., None]
     return jnp.argmax(above, axis=-1).astype(jnp.int32)
 
 
