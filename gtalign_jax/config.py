@@ -26,6 +26,7 @@ from gtalign_jax.freeze import ConfigError, check_overrides, freeze, to_dict
 from gtalign_jax.model.load import ModelSource
 from gtalign_jax.model.sharding import BATCH_AXES, MESH_AXES, MeshConfig, mesh_shape
 from gtalign_jax.reward.judges import JudgeConfig
+from gtalign_jax.reward.normalizers import NORMALIZERS
 from gtalign_jax.reward.scoring import RewardConfig
 from gtalign_jax.rollout.sampler import SamplerConfig
 from gtalign_jax.training.checkpoint import CheckpointConfig, flatten
@@ -135,21 +136,34 @@ def check(config: Config, device_count: int) -> None:
     if "grpo" in config.stages:
         problems += _grpo_problems(config.grpo, shards)
     if "sft" in config.stages:
+        problems += _too_small("sft", config.sft, ("steps", "logit_chunk"))
         problems += _cut_problems(
             "sft", ("batch_size", config.sft.batch_size),
             ("micro_batch_size", config.sft.micro_batch_size), shards,
         )
-    if config.rollout.max_new_tokens < 1:
-        problems.append(f"rollout.max_new_tokens={config.rollout.max_new_tokens}: must be >= 1")
+    if "evaluate" in config.stages:
+        problems += _cut_problems(
+            "evaluate", ("batch_size", config.evaluate.batch_size), ("", 0), shards
+        )
     if problems:
         raise ConfigError("\n".join(problems))
 
 
+def _too_small(section: str, part: GRPOConfig | SFTConfig, keys: Sequence[str]) -> list[str]:
+    return [
+        f"{section}.{key}={getattr(part, key)}: must be >= 1"
+        for key in keys if getattr(part, key) < 1
+    ]
+
+
 def _grpo_problems(grpo: GRPOConfig, shards: int) -> list[str]:
-    problems = []
-    for key in ("steps", "prompts_per_step", "minibatches", "epochs"):
-        if getattr(grpo, key) < 1:
-            problems.append(f"grpo.{key}={getattr(grpo, key)}: must be >= 1")
+    problems = _too_small(
+        "grpo", grpo, ("steps", "prompts_per_step", "minibatches", "epochs", "logit_chunk")
+    )
+    if grpo.normalizer not in NORMALIZERS:
+        problems.append(
+            f"grpo.normalizer={grpo.normalizer!r}: expected one of {tuple(NORMALIZERS)}"
+        )
     if grpo.samples_per_prompt < 2:
         problems.append(
             f"grpo.samples_per_prompt={grpo.samples_per_prompt}: must be >= 2, a completion is "

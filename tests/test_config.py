@@ -55,10 +55,23 @@ def test_stages_are_known_ordered_and_unique(stages, message):
     ({"sft__batch_size": 20}, r"sft.batch_size=20 must be a multiple of 8, .* 16 or 24"),
     ({"sft__batch_size": 32, "sft__micro_batch_size": 4},
      r"sft.micro_batch_size=4 does not cut .*\[8, 16, 32\]"),
+    ({"sft__logit_chunk": 0}, r"sft.logit_chunk=0: must be >= 1"),
+    ({"evaluate__batch_size": 12}, r"evaluate.batch_size=12 must be a multiple of 8, .* 8 or 16"),
+    ({"grpo__normalizer": "z-score"}, r"grpo.normalizer='z-score': expected one of .*'zscore'"),
 ])
 def test_impossible_batches_and_meshes_are_errors_that_list_what_is_possible(changes, message):
     with pytest.raises(ConfigError, match=message):
         check(configured(**changes), device_count=8)
+
+
+@pytest.mark.parametrize("changes,message", [
+    ({"rollout__max_new_tokens": 0}, r"rollout: max_new_tokens=0: must be >= 1"),
+    ({"rollout__temperature": -1.0}, r"rollout: temperature=-1.0: must be >= 0"),
+    ({"rollout__top_p": 2.0}, r"rollout: top_p=2.0: must be in \(0, 1\]"),
+])
+def test_sampling_without_a_meaning_is_refused_before_the_cold_start(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        configured(**changes)
 
 
 def test_a_section_that_no_stage_uses_is_not_checked():

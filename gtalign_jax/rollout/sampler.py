@@ -34,6 +34,12 @@ class SamplerConfig:
     top_k: int = 0
     top_p: float = 1.0
 
+    def __post_init__(self) -> None:
+        """Refuses what has no meaning at once: the sampler is made only after the cold start."""
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={self.max_new_tokens}: must be >= 1")
+        Filters(self.temperature, self.top_k, self.top_p)
+
     @property
     def filters(self) -> Filters:
         return Filters(self.temperature, self.top_k, self.top_p)
