@@ -1,5 +1,6 @@
 """From tokens to scored text, and what is logged about it."""
 
+import dataclasses
 import types
 
 import numpy as np
@@ -84,6 +85,20 @@ def test_a_mean_over_nothing_is_left_out_and_never_nan(experience):
     assert out["reward/missing"] == 1.0
     assert "reward/total" not in out and "welfare/user" not in out
     assert all(np.isfinite(value) for value in out.values())
+
+
+def test_an_undefined_price_of_anarchy_takes_no_other_with_it(experience):
+    """A matrix without a pure equilibrium has none; the mean is over the others that count."""
+    experience.scores.game["price_of_anarchy"][:] = [1.5, np.nan, np.nan, 9.0]
+    assert summarise(experience)["game/price_of_anarchy"] == 1.5  # the last row was not judged
+
+
+def test_the_log_says_why_a_judge_of_consistency_left_a_row_out(experience):
+    said = [Judgement(None, "", "no answer"), None, Judgement(0.5, "Half of it."), None]
+    scores = dataclasses.replace(experience.scores, consistency_judgements=said)
+    rows = log_rows(dataclasses.replace(experience, scores=scores))
+    assert [row["consistency_error"] for row in rows] == ["no answer", None, None, None]
+    assert [row["consistency_reply"] for row in rows] == ["", None, "Half of it.", None]
 
 
 def test_the_log_has_a_row_for_each_completion_with_the_judges_words(experience):

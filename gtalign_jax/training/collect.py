@@ -112,8 +112,9 @@ def summarise(experience: Experience) -> dict[str, float]:
         ),
     }
     out |= {f"reward/{name}": mean(values, valid) for name, values in scores.factors.items()}
-    out |= {
-        f"game/{name}": mean(values, parsed) for name, values in scores.game.items()
+    out |= {  # the price of anarchy of many a matrix is undefined: those are left out
+        f"game/{name}": mean(values, parsed & np.isfinite(values))
+        for name, values in scores.game.items()
         if name != "recommended"  # an index of a cell: its mean says nothing
     }
     out["reward/right_action"] = mean(experience.right_B, valid)
@@ -130,6 +131,7 @@ def log_rows(experience: Experience) -> list[Mapping[str, Any]]:
     for b, (prompt, text) in enumerate(zip(experience.prompts, experience.texts, strict=True)):
         q, g = divmod(b, experience.samples)
         judgement, chain = scores.judgements[b], scores.chains[b]
+        consistency = scores.consistency_judgements[b]
         rows.append({
             "id": prompt.id,
             "data_source": prompt.data_source,
@@ -152,5 +154,7 @@ def log_rows(experience: Experience) -> list[Mapping[str, Any]]:
             "judge_score": None if judgement is None else judgement.score,
             "judge_reply": None if judgement is None else judgement.reply,
             "judge_error": None if judgement is None else judgement.error,
+            "consistency_reply": None if consistency is None else consistency.reply,
+            "consistency_error": None if consistency is None else consistency.error,
         })
     return rows
