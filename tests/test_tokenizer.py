@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -79,6 +80,19 @@ def test_the_vocabulary_keeps_to_its_bound(examples):
 def test_training_is_deterministic(examples, loaded):
     again = tokenizer.train_tokenizer(tokenizer.chain_corpus(examples), 900)
     assert again.get_vocab() == loaded.get_vocab()
+
+
+def test_a_kill_in_the_middle_of_saving_leaves_no_tokenizer_that_a_run_would_trust(
+    tmp_path, monkeypatch
+):
+    def killed(self, folder):
+        (Path(folder) / "tokenizer.json").write_text('{"version": "1.')
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tokenizer.PreTrainedTokenizerFast, "save_pretrained", killed)
+    with pytest.raises(KeyboardInterrupt):
+        tokenizer.train_tokenizer(["a"], 300, tmp_path / "tokenizer")
+    assert not list(tmp_path.rglob("*.json"))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,9 @@ Knows nothing of tasks.
 
 import os
 import re
+import tempfile
 from collections.abc import Iterable
+from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -22,6 +24,7 @@ from transformers import PreTrainedTokenizerFast
 from gtalign_jax.data.prompt import Prompt
 
 PAD, END, START = "<|pad|>", "<|im_end|>", "<|im_start|>"
+MAIN_FILE = "tokenizer.json"
 BYTES = 256
 TAGS = tuple(
     f"<{slash}{name}>"
@@ -114,8 +117,17 @@ def train_tokenizer(
         chat_template=CHAT_TEMPLATE,
     )
     if out_dir is not None:
-        fast.save_pretrained(out_dir)
+        _save(fast, Path(out_dir))
     return fast
+
+
+def _save(tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
+    """Each file renamed when complete, tokenizer.json last: where that is, all of it is whole."""
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as partial:
+        tokenizer.save_pretrained(partial)
+        for file in sorted(Path(partial).iterdir(), key=lambda f: f.name == MAIN_FILE):
+            os.replace(file, out / file.name)
 
 
 def chain_corpus(examples: Iterable[tuple[Prompt, str]]) -> list[str]:
