@@ -83,3 +83,25 @@ def test_results_are_saved_as_json_and_as_markdown(tmp_path):
     assert len({line.count("|") for line in markdown}) == 1
     assert any(line.startswith("| game/x | – | – | 1.000") for line in markdown)
     assert read_results(tmp_path / "elsewhere") == {}
+
+
+def test_results_that_were_read_back_can_be_saved_again(tmp_path):
+    """A resumed run does that, also with a number that was not finite and is null in the file."""
+    text = save_results(tmp_path, RESULTS)
+    before = (tmp_path / "results.json").read_text()
+    assert save_results(tmp_path, read_results(tmp_path)) == text
+    assert (tmp_path / "results.json").read_text() == before
+
+
+def test_a_kill_while_results_are_written_leaves_the_ones_before(tmp_path, monkeypatch):
+    save_results(tmp_path, {"after cold start": {"reward/total": 0.4}})
+
+    def killed(path, text, **_):
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(text[: len(text) // 2])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(plots.Path, "write_text", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save_results(tmp_path, RESULTS)
+    assert read_results(tmp_path) == {"after cold start": {"reward/total": 0.4}}

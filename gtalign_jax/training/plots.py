@@ -10,6 +10,7 @@ evaluated, and dots the evaluations of the trained policy. Colours are the same 
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -98,12 +99,17 @@ def welfare_curves(workdir: str | Path, stage: str = "grpo") -> Path:
 def save_results(workdir: str | Path, results: Mapping[str, Mapping[str, float]]) -> str:
     """Writes results.json and results.md; returns the table as text for the console."""
     workdir = Path(workdir)
-    clean = {stage: {k: float(v) for k, v in row.items()} for stage, row in results.items()}
+    clean = {  # null is how a number that is not finite was saved before
+        stage: {k: math.nan if v is None else float(v) for k, v in row.items()}
+        for stage, row in results.items()
+    }
     finite = {
         stage: {k: v if math.isfinite(v) else None for k, v in row.items()}
         for stage, row in clean.items()
     }
-    (workdir / RESULTS_FILE).write_text(json.dumps(finite, indent=2) + "\n", encoding="utf-8")
+    partial = workdir / f"{RESULTS_FILE}.partial"  # half a file would end every later run
+    partial.write_text(json.dumps(finite, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, workdir / RESULTS_FILE)
     (workdir / "results.md").write_text(final_table(clean, markdown=True), encoding="utf-8")
     return final_table(clean)
 
