@@ -8,6 +8,7 @@ beside the training, on a host without an accelerator: set JAX_PLATFORMS=cpu.
 """
 
 import argparse
+import contextlib
 import json
 import logging
 import math
@@ -50,17 +51,22 @@ def restore_policy(
     another model.
     """
     stages = [stage] if stage else list(TRAINING_STAGES)
-    found = [name for name in stages if Path(checkpoint_dir(workdir, name)).is_dir()]
-    if not found:
-        raise FileNotFoundError(f"{workdir} holds no checkpoint of {' or '.join(stages)}")
-    model = load.model_config(config.model, len(load_tokenizer(find_tokenizer(config, workdir))))
-    directory = checkpoint_dir(workdir, found[0])
-    checkpoints = Checkpointer(directory, config.checkpoint, None, read_only=True)
-    step = checkpoints.latest() if step is None else step
-    wanted = {"state": {"params": abstract_params(model)}}
-    saved, _ = checkpoints.restore(wanted, step, partial=True)
-    checkpoints.close()
-    return saved["state"]["params"], model, f"{found[0]} step {step}"
+    for name in stages:
+        directory = checkpoint_dir(workdir, name)
+        if not Path(directory).is_dir():
+            continue
+        with contextlib.closing(
+            Checkpointer(directory, config.checkpoint, None, read_only=True)
+        ) as checkpoints:
+            if not checkpoints.steps():  # killed before its first save: the stage before counts
+                continue
+            step = checkpoints.latest() if step is None else step
+            tokenizer = load_tokenizer(find_tokenizer(config, workdir))
+            model = load.model_config(config.model, len(tokenizer))
+            wanted = {"state": {"params": abstract_params(model)}}
+            saved, _ = checkpoints.restore(wanted, step, partial=True)
+            return saved["state"]["params"], model, f"{name} step {step}"
+    raise FileNotFoundError(f"{workdir} holds no checkpoint of {' or '.join(stages)}")
 
 
 def write(

@@ -82,6 +82,15 @@ def test_a_stage_and_a_step_can_be_chosen(tmp_path, capsys):
     assert "exported grpo step 4" in out and "exported sft step 3" in out
 
 
+def test_a_stage_killed_before_its_first_save_leaves_the_one_before_to_export(tmp_path):
+    params, _ = make_run(tmp_path, "llama", True, ("sft", 3))
+    config = export.load_run_config(tmp_path)
+    Checkpointer(export.checkpoint_dir(tmp_path, "grpo"), CheckpointConfig(), {}).close()
+    restored, _, what = export.restore_policy(tmp_path, config)
+    assert what == "sft step 3"
+    np.testing.assert_array_equal(restored.embed_VD, params.embed_VD)
+
+
 def test_what_is_missing_is_named_and_the_exit_status_is_1(tmp_path, capsys):
     assert export.main(["--workdir", str(tmp_path), "--out", str(tmp_path / "out")]) == 1
     assert "is not a run's work directory" in capsys.readouterr().err
