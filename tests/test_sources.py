@@ -129,6 +129,16 @@ def test_malformed_rows_are_reported_with_file_and_row_skipped_and_counted(tmp_p
     assert f"{path}: skipped {len(bad)} malformed of {len(bad) + 1} rows" in caplog.messages
 
 
+def test_bytes_that_are_no_text_and_endless_nesting_cost_their_own_row_only(tmp_path, caplog):
+    good = json.dumps(row()).encode()
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\n".join([b"\xef\xbb\xbf" + good, b'{"x": "\xff"}', b"[" * 100_000, good]))
+    prompts = load_prompts(jsonl_config(path), "train")
+    assert [prompt.id.rpartition(":")[2] for prompt in prompts] == ["0", "3"]
+    assert f"{path} row 1 skipped: not JSON" in caplog.text
+    assert f"{path} row 2 skipped: not JSON" in caplog.text
+
+
 def test_a_file_full_of_bad_rows_names_some_and_counts_all(tmp_path, caplog):
     rows = [row(data_source="")] * 100 + [row()]
     load_prompts(jsonl_config(write_jsonl(tmp_path / "a.jsonl", rows)), "train")

@@ -126,13 +126,13 @@ SOURCES = {"parquet": _parquet, "jsonl": _jsonl, "hub": _hub}
 def read_jsonl(path: str) -> list[Row | MalformedRow]:
     """The objects of a JSONL file, in place of a bad line what is wrong with it; no blank lines."""
     rows: list[Row | MalformedRow] = []
-    with open(path, encoding="utf-8") as lines:
+    with open(path, "rb") as lines:  # bytes: a line that is no UTF-8 is a bad line, not a bad file
         for line in lines:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except ValueError as error:
+                row = json.loads(line.decode("utf-8-sig"))
+            except (ValueError, RecursionError) as error:
                 rows.append(MalformedRow(f"not JSON: {error}"))
                 continue
             is_object = isinstance(row, dict)
