@@ -23,7 +23,6 @@ it grows as OUT.partial.
 
 import argparse
 import json
-import math
 import os
 import sys
 from collections import Counter
@@ -133,7 +132,8 @@ def _read(line: bytes) -> tuple[dict[str, Any], str | None]:
     for name in GIVEN:
         value = row.get(name)
         number_like = isinstance(value, int | float) and not isinstance(value, bool)
-        if value is not None and not (number_like and abs(value) < math.inf):
+        # An integer may be finite and yet no float.
+        if value is not None and not (number_like and abs(value) <= sys.float_info.max):
             return {}, f"field {name!r} must be a finite number or null, not {value!r}"
     try:
         task_of(row["data_source"])

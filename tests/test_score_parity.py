@@ -162,6 +162,7 @@ def test_bad_lines_are_reported_with_file_and_line_and_lose_nothing(tmp_path, ca
         json.dumps(row(completion=None)).encode(),
         b"\xff\xfe",
         b"[" * 100_000,
+        json.dumps(row(judge_score=10**400)).encode(),
         json.dumps(row(id="last")).encode(),
     ]
     status, rows, source = run(tmp_path, b"\n".join(lines))
@@ -169,12 +170,12 @@ def test_bad_lines_are_reported_with_file_and_line_and_lose_nothing(tmp_path, ca
     assert (rows[0]["id"], rows[-1]["id"]) == ("first", "last")
     assert rows[0]["score"] == rows[-1]["score"] > 0
     bad = {got["line"]: got for got in rows[1:-1]}
-    assert sorted(bad) == [2, 3, 4, 6, 7, 8, 9, 10, 11, 12]
+    assert sorted(bad) == [2, 3, 4, 6, 7, 8, 9, 10, 11, 12, 13]
     wanted = {
         2: "not a JSON object", 3: "but a list", 4: "field 'ground_truth' is missing",
         6: "'ambigqa' is unknown; known: math-hard", 7: "finite number", 8: "finite number",
         9: "finite number", 10: "'completion' must be a string", 11: "not a JSON object",
-        12: "not a JSON object",
+        12: "not a JSON object", 13: "finite number",
     }  # fmt: skip
     shown = capsys.readouterr().err
     for number, reason in wanted.items():
