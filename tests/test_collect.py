@@ -71,6 +71,15 @@ def test_means_run_over_the_judged_rows_alone(experience):
     assert out["reward/right_action"] == pytest.approx(2 / 3)  # judged rows, as the reward
 
 
+def test_completions_without_a_score_are_mentioned_with_a_reason(experience, caplog):
+    collect._mention_missing(experience.scores)
+    assert "1 of 4 completions have no score" in caplog.text and "503" in caplog.text
+    caplog.clear()
+    experience.scores.valid_B[:] = True
+    collect._mention_missing(experience.scores)
+    assert not caplog.messages
+
+
 def test_lengths_truncation_and_waste_are_those_counted_by_hand(experience):
     out = summarise(experience)
     assert out["rollout/length"] == 2.0 and out["rollout/length_max"] == 3

@@ -6,6 +6,7 @@ This is the only place where tokens become text on their way to a reward.
 """
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,6 +23,8 @@ from gtalign_jax.reward.rules import response_kind, right_kinds
 from gtalign_jax.reward.scoring import RewardConfig, Scores, score
 from gtalign_jax.rollout.filters import Filters
 from gtalign_jax.rollout.sampler import Rollout
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,11 +76,22 @@ class Collector:
             )
         )
         scores = score(prompts, texts, self.judge, self.reward)
+        _mention_missing(scores)
         right = tuple(
             chain.response is not None and response_kind(chain.response) in right_kinds(prompt)
             for prompt, chain in zip(prompts, scores.chains, strict=True)
         )
         return Experience(batch, rollout, prompts, texts, scores, right)
+
+
+def _mention_missing(scores: Scores) -> None:
+    """With a reason: a judge that never answers leaves a run that looks well and learns nothing."""
+    missing = int((~scores.valid_B).sum())
+    if missing:
+        asked = (*scores.judgements, *scores.consistency_judgements)
+        reason = next(j.error for j in asked if j is not None and j.score is None)
+        log.warning("%d of %d completions have no score and are left out, one because: %s",
+                    missing, len(scores.valid_B), reason)
 
 
 def mean(values: Any, where: Any = None) -> float:
