@@ -110,7 +110,7 @@ def test_predicting_the_prompt_is_not_trained():
     np.testing.assert_allclose(head_grads[40], expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("rows", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_micro_batches_add_up_to_the_whole_under_unequal_token_counts(rows):
     b, params = make_batch(), tiny.params()
     loss, grads = whole()(params, b)
