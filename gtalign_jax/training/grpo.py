@@ -82,8 +82,15 @@ class GRPOConfig(OptimizerConfig):
                 raise ValueError(
                     f"grpo.{key}={getattr(self, key)!r}: expected one of {allowed}"
                 )
-        if self.beta < 0:
-            raise ValueError(f"grpo.beta={self.beta}: must be >= 0")
+        for key in ("beta", "clip_low", "clip_high", "truncated_is", "adv_epsilon", "kl_clamp"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"grpo.{key}={getattr(self, key)}: must be >= 0")
+        if self.truncated_is and self.old_logp == "sampler":
+            raise ValueError(
+                f"grpo.truncated_is={self.truncated_is} with grpo.old_logp='sampler': it weighs "
+                "the trainer's old log-probabilities against the sampler's; set "
+                "grpo.old_logp='trainer', or grpo.truncated_is=0"
+            )
         if self.reference and self.beta == 0:
             raise ValueError(
                 "grpo.reference=True with grpo.beta=0: the reference would be held in memory and "
