@@ -26,7 +26,7 @@ class OptimizerConfig:
 
     learning_rate: float = 1e-6
     warmup_updates: int = 0  # linear from 0; update number warmup_updates runs at learning_rate
-    decay: str = "constant"  # after warm-up, to `final_fraction` at the last update
+    decay: str = "constant"  # after warm-up, to `final_fraction` when all updates are done
     final_fraction: float = 0.0
     b1: float = 0.9
     b2: float = 0.95
