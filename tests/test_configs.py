@@ -1,0 +1,197 @@
+"""The config files: what they say, what they take, and what a mistake with them looks like."""
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from absl import flags
+
+from gtalign_jax.config import Config, batch_table, check, define_flag, from_flag, parse_flags
+from gtalign_jax.data.sources import load_prompts
+from gtalign_jax.freeze import ConfigError, freeze
+from gtalign_jax.model.load import resolve
+
+ROOT = Path(__file__).resolve().parent.parent
+VARIABLES = ("GTALIGN_DATA", "GTALIGN_JUDGE_URL", "GTALIGN_JUDGE_MODEL")
+SOURCES = ("math-hard", "medium", "ambig_qa", "wildguard")
+# How ml_collections imports config files.
+pytestmark = pytest.mark.filterwarnings(r"ignore:the load_module\(\) method:DeprecationWarning")
+
+@pytest.fixture(autouse=True)
+def no_variables(monkeypatch):
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+
+
+def config_of(name: str, *argument: str) -> Config:
+    """The frozen config of `configs/NAME.py[:argument]`; unknown keys do not survive `freeze`."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return freeze(Config, module.get_config(*argument))
+
+
+@pytest.fixture
+def command_line(monkeypatch, capsys):
+    """Reads a command line as `main` does: (config or None, what went to stderr)."""
+    def forget_flags():
+        for name in [name for name in flags.FLAGS if name.split(".")[0] == "config"]:
+            delattr(flags.FLAGS, name)
+        flags.FLAGS.unparse_flags()
+
+    def read(*arguments: str) -> tuple[Config | None, str]:
+        forget_flags()
+        argv = ["main.py", *arguments]
+        monkeypatch.setattr(sys, "argv", argv)  # ml_collections looks for its overrides there
+        flag = define_flag()
+        try:
+            parse_flags(argv)
+            config = from_flag(flag)
+            check(config, device_count=8)
+        except ConfigError as error:  # main prints it
+            return None, f"error: {error}"
+        except SystemExit as end:
+            assert end.code == 2
+            return None, capsys.readouterr().err.strip()
+        return config, ""
+
+    monkeypatch.chdir(ROOT)
+    yield read
+    forget_flags()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.stem)
+def test_every_config_file_loads_fits_eight_devices_and_shows_its_command(path):
+    config = config_of(path.stem)
+    check(config, device_count=8)
+    assert batch_table(config)
+    assert f"--config=configs/{path.name}" in path.read_text(encoding="utf-8")
+
+
+def test_tpu_v4_has_the_numbers_of_the_paper():
+    c = config_of("tpu_v4", "all")
+    assert c.model.path == "Qwen/Qwen2.5-3B-Instruct"
+    assert c.model.compute_dtype == "bfloat16" and c.grpo.remat
+    assert (c.grpo.learning_rate, c.grpo.beta, c.grpo.steps) == (1e-6, 0.001, 150)
+    assert c.grpo.prompts_per_step * c.grpo.samples_per_prompt == 512
+    assert (c.rollout.temperature, c.rollout.top_k, c.rollout.top_p) == (1.0, 0, 1.0)
+    assert (c.data.max_prompt_tokens, c.rollout.max_new_tokens) == (2048, 4096)
+    assert c.grpo.decay == "constant" and c.grpo.weight_decay == 0.0
+    assert c.reward.welfare == "cobb_douglas" and c.reward.consistency == "none"
+    assert c.stages == ("grpo", "evaluate", "export")
+
+
+@pytest.mark.parametrize("chips", [4, 8, 16])
+def test_tpu_v4_cuts_its_batches_over_slices_of_several_sizes(chips):
+    c = config_of("tpu_v4")
+    check(c, chips)
+    assert c.grpo.prompts_per_step % chips == c.grpo.micro_batch_prompts % chips == 0
+
+
+def test_the_batch_table_of_tpu_v4_states_the_papers_batch():
+    lines = re.sub(" +", " ", batch_table(config_of("tpu_v4"))).splitlines()
+    assert lines == [
+        "GRPO prompts per step 64",
+        " completions per step 64 x 8 = 512",
+        " completion tokens per step at most 512 x 4,096 = 2,097,152",
+        " prompt tokens per step at most 64 x 2,048 = 131,072",
+        " updates per step 1 x 1 (epochs x minibatches) = 1",
+        " micro-batches per update 4 of 16 prompts = 128 completions",
+        " updates 150 steps x 1 = 150",
+    ]
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_the_argument_picks_one_source_of_the_folder(source, monkeypatch):
+    monkeypatch.setenv("GTALIGN_DATA", "gs://bucket/some/data/")
+    c = config_of("tpu_v4", source)
+    assert c.data.source == "parquet"
+    assert c.data.train == (f"gs://bucket/some/data/{source}/train.parquet",)
+    assert c.data.test == (f"gs://bucket/some/data/{source}/test.parquet",)
+    assert source in c.workdir
+
+
+def test_all_trains_where_there_are_training_prompts_and_evaluates_on_the_four():
+    c = config_of("tpu_v4", "all")
+    assert c == config_of("tpu_v4")
+    assert set(c.data.train) == {f"data/{s}/train.parquet" for s in SOURCES if s != "medium"}
+    assert set(c.data.test) == {f"data/{s}/test.parquet" for s in SOURCES}
+
+
+def test_only_mathematics_does_without_a_judge(monkeypatch):
+    assert config_of("tpu_v4", "math-hard").judge.kind == "none"
+    monkeypatch.setenv("GTALIGN_JUDGE_URL", "http://judge:1/v1")
+    monkeypatch.setenv("GTALIGN_JUDGE_MODEL", "grader")
+    for source in ("medium", "ambig_qa", "wildguard", "all"):
+        judge = config_of("tpu_v4", source).judge
+        assert (judge.kind, judge.base_url, judge.model) == ("http", "http://judge:1/v1", "grader")
+
+
+def test_an_unknown_source_lists_the_known_ones():
+    with pytest.raises(ValueError, match="'mathhard'; allowed: math-hard, .*wildguard.*, all"):
+        config_of("tpu_v4", "mathhard")
+
+
+def test_training_prompts_that_are_not_there_are_named():
+    with pytest.raises(ValueError, match="no file matches 'data/medium/train.parquet'"):
+        load_prompts(config_of("tpu_v4", "medium").data, "train")
+
+
+def test_the_model_may_be_a_hub_name_or_a_directory(tmp_path):
+    assert resolve(str(tmp_path)) == str(tmp_path)
+    with pytest.raises(ValueError, match="model.path=.*gs://bucket/directory"):
+        resolve("/no/such/model")
+
+
+def test_every_source_of_the_folder_is_read_as_it_is_published(shared_dir, monkeypatch):
+    monkeypatch.setenv("GTALIGN_DATA", str(shared_dir / "data"))
+    data = config_of("tpu_v4", "all").data
+    for split, sources in (("train", set(SOURCES) - {"medium"}), ("test", set(SOURCES))):
+        assert {prompt.data_source for prompt in load_prompts(data, split)} == sources
+
+
+def test_a_mesh_that_does_not_match_the_devices_is_refused_before_any_compilation(command_line):
+    _, said = command_line("--config=configs/tpu_v4.py:all", "--config.mesh.fsdp=3")
+    assert said.startswith("error: mesh (slice=1, data=1, fsdp=3, tensor=1) does not fit 8 devices")
+
+
+def test_the_command_line_overrides_single_values_and_tuples(command_line):
+    config, said = command_line(
+        "--config=configs/tpu_v4.py:math-hard", "--config.grpo.learning_rate=2e-6",
+        "--config.data.train=('a.parquet',)", "--config.data.test=('b.parquet','c.parquet')",
+        "--config.stages=('sft','grpo')", "--config.sft.micro_batch_size=8",
+    )
+    assert not said
+    assert config.grpo.learning_rate == 2e-6 and config.sft.micro_batch_size == 8
+    assert config.data.train == ("a.parquet",)
+    assert config.data.test == ("b.parquet", "c.parquet")
+    assert config.stages == ("sft", "grpo")
+    assert config.workdir == "runs/tpu_v4-math-hard"
+
+
+@pytest.mark.parametrize("arguments,message", [
+    (["--config=configs/tpu_v4.py:wild"],
+     "--config=configs/tpu_v4.py:wild: unknown source 'wild'; allowed: math-hard, "),
+    (["--config=configs/demo_cpu.py:wild"], "--config=configs/demo_cpu.py:wild: get_config() "),
+    (["--config=configs/tpu_v5.py"], "--config: [Errno 2] No such file"),
+    ([], "--config=FILE is required"),
+    (["--config=configs/tpu_v4.py", "--config.grpo.learningrate=1"],
+     "--config.grpo.learningrate: unknown key 'grpo.learningrate'; did you mean "
+     "'grpo.learning_rate'?"),
+    (["--config=configs/tpu_v4.py", "--config.gropo.steps=1"], "did you mean 'grpo'?"),
+    (["--config=configs/tpu_v4.py", "--config.grpo.steps=many"], "--config.grpo.steps=many"),
+    (["--config=configs/tpu_v4.py", "--config.grpo.kl=k4"], "grpo.kl='k4': expected one of"),
+    (["--config=configs/tpu_v4.py", "--config.stages=sft,grpo"],
+     """on a command line: --config.stages="('sft','grpo')\""""),
+])
+def test_a_mistake_on_the_command_line_is_one_line_that_names_it(arguments, message, command_line):
+    config, said = command_line(*arguments)
+    assert config is None and message in said
+    assert said.startswith("error: ") and len(said.splitlines()) == 1
+
+
+def test_a_config_error_is_what_an_unknown_key_in_a_file_raises():
+    with pytest.raises(ConfigError, match="unknown key 'grpo.stepz'; did you mean 'grpo.steps'"):
+        freeze(Config, {"grpo": {"stepz": 3}})
