@@ -14,9 +14,9 @@ file of {"messages", "completion"} and a judge that serves at URL:
         --config.stages="('sft','grpo','evaluate','export')" --config.sft.examples=CHAINS \\
         --config.model.path=MODEL --config.model.compute_dtype=float32 \\
         --config.data.train_size=24 --config.data.test_size=16 \\
-        --config.data.max_prompt_tokens=1200 --config.sft.steps=100 --config.sft.batch_size=4 \\
+        --config.data.max_prompt_tokens=1200 --config.sft.steps=80 --config.sft.batch_size=4 \\
         --config.sft.micro_batch_size=0 --config.sft.learning_rate=1e-2 \\
-        --config.sft.decay=cosine --config.sft.warmup_updates=10 \\
+        --config.sft.decay=cosine --config.sft.warmup_updates=5 \\
         --config.grpo.steps=3 --config.grpo.prompts_per_step=4 --config.grpo.samples_per_prompt=4 \\
         --config.grpo.micro_batch_prompts=2 --config.grpo.learning_rate=1e-4 \\
         --config.rollout.max_new_tokens=160 --config.evaluate.batch_size=8 \\
@@ -119,8 +119,8 @@ SETTINGS = {
     "stages": "('sft','grpo','evaluate','export')",
     "model.compute_dtype": "float32",
     "data.train_size": 24, "data.test_size": 16, "data.max_prompt_tokens": 1200,
-    "sft.steps": 100, "sft.batch_size": 4, "sft.micro_batch_size": 0,
-    "sft.learning_rate": 1e-2, "sft.decay": "cosine", "sft.warmup_updates": 10,
+    "sft.steps": 80, "sft.batch_size": 4, "sft.micro_batch_size": 0,
+    "sft.learning_rate": 1e-2, "sft.decay": "cosine", "sft.warmup_updates": 5,
     "grpo.steps": 3, "grpo.prompts_per_step": 4, "grpo.samples_per_prompt": 4,
     "grpo.micro_batch_prompts": 2, "grpo.learning_rate": 1e-4,
     "rollout.max_new_tokens": 160, "evaluate.batch_size": 8, "checkpoint.every": 1,
@@ -185,7 +185,9 @@ def start(folder: Path, data: Path, judge: JudgeServer, log: Path) -> subprocess
     command += [f"--config.{key}={value}" for key, value in settings.items()]
     variables = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     variables |= {"GTALIGN_DATA": str(data), "GTALIGN_JUDGE_URL": judge.url,
-                  "GTALIGN_JUDGE_MODEL": "grader", "TRANSFORMERS_VERBOSITY": "error"}
+                  "GTALIGN_JUDGE_MODEL": "grader", "TRANSFORMERS_VERBOSITY": "error",
+                  # The second run need not compile again what the first one did.
+                  "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
     with open(log, "wb") as out:
         return subprocess.Popen(command, cwd=ROOT, env=variables, stdout=out, stderr=out)
 
@@ -213,7 +215,7 @@ def kill_in_grpo(process: subprocess.Popen, run: Path, log: Path) -> None:
 
 
 def check_metrics(run: Path) -> None:
-    assert steps_of(run, "sft") == list(range(1, 101))
+    assert steps_of(run, "sft") == list(range(1, 81))
     assert steps_of(run, "grpo") == [1, 2, 3]
     steps = [row for row in rows(run / "metrics.jsonl") if row["stage"] == "grpo"]
     for row in steps:
@@ -289,7 +291,7 @@ def test_the_papers_config_runs_on_the_four_real_sources_and_survives_a_kill(
         again.kill()
         again.wait()
     said = (tmp_path / "again.log").read_text()
-    assert "sft: continuing after step 100" in said and "grpo: continuing after step" in said
+    assert "sft: continuing after step 80" in said and "grpo: continuing after step" in said
     assert "HTTP Request" not in said  # a line for each would bury the steps
     check_metrics(run)
     check_scores(run, judge)
