@@ -39,7 +39,7 @@ from gtalign_jax.rollout.sampler import SamplerConfig, make_sampler
 from gtalign_jax.training import plots
 from gtalign_jax.training.checkpoint import Checkpointer
 from gtalign_jax.training.collect import Collector
-from gtalign_jax.training.metrics import Console, MetricsWriter, RolloutLog, step_line
+from gtalign_jax.training.metrics import Console, MetricsWriter, RolloutLog, read_rows, step_line
 from gtalign_jax.training.sft import ExampleSet
 from gtalign_jax.training.state import (
     OptimizerConfig,
@@ -208,7 +208,9 @@ def _identity(config: Config, model: ModelConfig, tokenizer: PreTrainedTokenizer
         "cold_start": cold_start,
         "model": dataclasses.asdict(model),
         "tokenizer": digest(text([tokenizer.get_vocab(), tokenizer.chat_template])),
-        "prompts": digest(text([[p.id, p.question, p.ground_truth] for p in prompts])),
+        "prompts": digest(text([
+            [p.id, p.data_source, p.messages, p.question, p.ground_truth] for p in prompts
+        ])),
     }
 
 
@@ -289,13 +291,22 @@ def evaluate_policy(session: Session, params: Params, label: str) -> dict[str, f
     config, (collect, reshard) = session.config, session.evaluation
     key = named_key(jax.random.key(config.seed), "evaluate", 0)
     results, rows = evaluate(reshard(params), collect, session.test, config.evaluate, key)
-    with open(f"{config.workdir}/evaluations.jsonl", "a", encoding="utf-8") as file:
-        file.writelines(json.dumps({"label": label, **row}) + "\n" for row in rows)
+    _save_evaluation(Path(config.workdir) / "evaluations.jsonl", label, rows)
     session.console.say(
         f"{label}: {len(rows)} held-out completions in {time.perf_counter() - began:.1f}s | "
         f"{step_line(results)}"
     )
     return results
+
+
+def _save_evaluation(path: Path, label: str, rows: list[dict[str, Any]]) -> None:
+    """In place of what `label` has there: a resumed or prolonged run evaluates some anew."""
+    kept = [row for row in read_rows(path) if row["label"] != label] if path.exists() else []
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n"
+                        for row in (*kept, *({"label": label, **row} for row in rows)))
+    partial.replace(path)
 
 
 def run(config: Config) -> dict[str, dict[str, float]]:
