@@ -2,7 +2,7 @@
 
     export GTALIGN_DATA=gs://BUCKET/data                       # or a local folder; default: data
     export GTALIGN_JUDGE_URL=http://HOST:8000/v1 GTALIGN_JUDGE_MODEL=NAME
-    python -m gtalign_jax.main --config=configs/tpu_v4.py:all  # the same line on every host
+    python -m gtalign_jax.main --config=configs/tpu_v4.py:all
 
 The word after the colon chooses the prompts: one source (math-hard, medium, ambig_qa, wildguard)
 or `all`, which is also what no word means. They are read from the folder as the paper's code lays
@@ -21,10 +21,18 @@ run that was interrupted. A cold start on chains of your own, JSONL of {"message
 goes before it with
     --config.stages="('sft','grpo','evaluate','export')" --config.sft.examples=chains.jsonl
 
-Hardware: batches cut over up to 64 chips by prompt (`mesh.fsdp=-1` takes all there are). Weights,
-moments, gradients and reference in float32 are 62 GB over all chips; each chip also holds the
-rollout's weights (6 GB, bfloat16) and 0.15 GB of keys and values for each completion in flight at
-full length, 19 GB on the 4 chips of a v4-8, 5 GB on the 16 of a v4-32.
+Hardware: as it stands for up to 16 chips, over which each micro-batch of 16 prompts is cut; on
+more, raise --config.grpo.micro_batch_prompts (a divisor of 64). Weights, moments, gradients and
+reference in float32 are 62 GB over all chips; each chip also holds the rollout's weights (6 GB,
+bfloat16) and 0.15 GB of keys and values for each completion in flight at full length: 19 GB on the
+4 chips of a v4-8, 5 GB on the 16 of a v4-32.
+One process drives all chips so far; the hosts of a larger slice do not yet find each other.
+The update's attention holds whole score matrices. The TPU compiler's word for 16 chips, one prompt
+x 8 completions on each: 61 GiB of temporaries a chip at 4,096 completion tokens, where a chip has
+31; with --config.mesh.tensor=2 33 GiB in all, still too much. Until attention is computed in
+blocks, shorten the completions: 18 GiB in all (without the rollout's weights) at
+    --config.mesh.tensor=2 --config.rollout.max_new_tokens=2048 \\
+    --config.grpo.micro_batch_prompts=8
 
 Numbers to expect: not measured yet; this has not run on a TPU. Watch `welfare/user` and
 `welfare/llm` rise together and `rollout/truncated` stay near 0.
