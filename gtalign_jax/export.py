@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from gtalign_jax.config import Config, ConfigError, load_run_config
@@ -23,6 +24,7 @@ from gtalign_jax.data.chat import load_tokenizer, render_chat, stop_ids
 from gtalign_jax.game.chain import KEYS, SYSTEM, render
 from gtalign_jax.model import hf, load
 from gtalign_jax.model.safetensors_io import open_tensors
+from gtalign_jax.model.sharding import Layout, param_shardings
 from gtalign_jax.model.spec import ModelConfig, Params, abstract_params, num_params
 from gtalign_jax.training.checkpoint import Checkpointer, CheckpointError
 
@@ -43,9 +45,12 @@ def find_tokenizer(config: Config, workdir: str | Path) -> str:
 
 
 def restore_policy(
-    workdir: str | Path, config: Config, stage: str | None = None, step: int | None = None
+    workdir: str | Path, config: Config, stage: str | None = None, step: int | None = None,
+    layout: Layout | None = None,
 ) -> tuple[Params, ModelConfig, str]:
     """(weights, their sizes, "stage step N") of a checkpoint; by default the run's last one.
+
+    They lie on one device, or as `layout` says.
 
     Raises FileNotFoundError where there is no such checkpoint, CheckpointError where it holds
     another model.
@@ -63,7 +68,13 @@ def restore_policy(
             step = checkpoints.latest() if step is None else step
             tokenizer = load_tokenizer(find_tokenizer(config, workdir))
             model = load.model_config(config.model, len(tokenizer))
-            wanted = {"state": {"params": abstract_params(model)}}
+            params = abstract_params(model)
+            if layout is not None:
+                params = jax.tree.map(
+                    lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where),
+                    params, param_shardings(model, layout),
+                )
+            wanted = {"state": {"params": params}}
             saved, _ = checkpoints.restore(wanted, step, partial=True)
             return saved["state"]["params"], model, f"{name} step {step}"
     raise FileNotFoundError(f"{workdir} holds no checkpoint of {' or '.join(stages)}")

@@ -227,6 +227,8 @@ def _example_set(session: Session) -> ExampleSet:
     pairs = _examples(config, list(session.train.prompts))
     prompts = encode_chats(session.tokenizer, [prompt.messages for prompt, _ in pairs])
     eos = session.tokenizer.eos_token_id
+    if eos is None:
+        raise ValueError(f"the tokenizer {session.tokenizer_dir!r} has no EOS token to end a chain")
     completions = [[*encode_completion(session.tokenizer, text), eos] for _, text in pairs]
     kept = [
         (prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)
@@ -317,8 +319,26 @@ def run(config: Config) -> dict[str, dict[str, float]]:
     """
     session = open_session(config)
     with contextlib.closing(session.metrics):
-        results = plots.read_results(config.workdir)
+        results = _past_results(session)
         return _finish(session, _train(session, results), results)
+
+
+def _past_results(session: Session) -> dict[str, dict[str, float]]:
+    """What was evaluated before, unless that was another model or other held-out prompts.
+
+    What training depends on is not asked here: its results stand beside checkpoints that are.
+    """
+    workdir, prints = Path(session.config.workdir), session.fingerprint
+    about = {k: v for k, v in prints.items() if k.startswith(("seed", "model", "reward", "judge"))}
+    held_out = [[p.id, p.question] for p in (session.test.prompts if session.test else ())]
+    identity = {k: prints["identity"][k] for k in ("model", "tokenizer")}
+    text = json.dumps([about, identity, dataclasses.asdict(session.config.evaluate), held_out],
+                      sort_keys=True, default=str)
+    digest, mark = hashlib.sha256(text.encode()).hexdigest(), workdir / "results.digest"
+    if session.test is not None and (not mark.exists() or mark.read_text() != digest):
+        (workdir / plots.RESULTS_FILE).unlink(missing_ok=True)
+        mark.write_text(digest)
+    return plots.read_results(workdir)
 
 
 def _train(session: Session, results: dict[str, dict[str, float]]) -> Params | None:
@@ -352,13 +372,19 @@ def _train(session: Session, results: dict[str, dict[str, float]]) -> Params | N
 def _finish(session: Session, policy: Params | None,
             results: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
     """Curves, export and the closing table."""
-    config = session.config
-    if policy is None and "evaluate" in config.stages:
-        results["as given"] = evaluate_policy(session, load_policy(session), "as given")
+    config, label = session.config, "as given"
+    if policy is None:  # no training stage: the last policy trained here, else the model as given
+        try:
+            policy, _, label = export.restore_policy(
+                config.workdir, config, layout=session.train_layout
+            )
+        except FileNotFoundError:
+            policy = load_policy(session)
+        if session.test is not None:
+            results[label] = evaluate_policy(session, policy, label)
     if "grpo" in config.stages:
         session.console.say(f"curves: {plots.welfare_curves(config.workdir)}")
     if "export" in config.stages:
-        policy = load_policy(session) if policy is None else policy
         out = f"{config.workdir}/hf"
         export.write(policy, session.model, config, session.tokenizer_dir, out)
         session.console.say(f"exported: {out}")

@@ -3,10 +3,16 @@
 import dataclasses
 import json
 
+import jax
+import numpy as np
+import runs
+
 from gtalign_jax import run
 from gtalign_jax.config import Config
 from gtalign_jax.data import builtin
 from gtalign_jax.data.tokenizer import train_tokenizer
+from gtalign_jax.export import restore_policy
+from gtalign_jax.model.hf import load_config, load_params
 from gtalign_jax.model.load import model_config
 
 
@@ -33,3 +39,26 @@ def test_prompts_that_read_otherwise_are_other_data():
                         {"data_source": "math-hard"})
     }
     assert len(digests) == 3
+
+
+def test_a_finished_run_is_evaluated_and_exported_again_from_its_last_checkpoint(tmp_path):
+    """Without a training stage the trained policy counts, not the weights the run started from."""
+    run.run(runs.config(tmp_path, stages=("sft", "evaluate"), sft__steps=2))
+    past = json.loads((tmp_path / "results.json").read_text())
+    results = run.run(runs.config(tmp_path, stages=("evaluate", "export")))
+    assert results["sft step 2"] == past["after cold start"]
+    assert past["before cold start"] == results["before cold start"]  # nothing lost
+    exported = load_params(tmp_path / "hf", load_config(tmp_path / "hf"))
+    trained, _, _ = restore_policy(tmp_path, runs.config(tmp_path))
+    for a, b in zip(jax.tree.leaves(exported), jax.tree.leaves(trained), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_results_of_other_held_out_prompts_are_not_taken_for_these(tmp_path):
+    run.run(runs.config(tmp_path, stages=("evaluate",)))
+    fewer = run.run(runs.config(tmp_path, stages=("evaluate",), evaluate__prompts=5))
+    assert len(runs.rows(tmp_path, "evaluations.jsonl")) == 5
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps({"after GRPO": {"reward/total": 0.9}, **fewer}))
+    again = run.run(runs.config(tmp_path, stages=("evaluate",), evaluate__prompts=6))
+    assert set(again) == {"as given"}
