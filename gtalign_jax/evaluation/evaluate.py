@@ -19,7 +19,7 @@ from gtalign_jax.training.collect import Collector, log_rows, summarise
 class EvaluateConfig:
     """How held-out prompts are answered."""
 
-    prompts: int = 0  # how many held-out prompts; 0: all
+    prompts: int = 0  # how many held-out prompts, evenly spread; 0: all
     batch_size: int = 64  # prompts per call of the sampler
     temperature: float = 0.0  # 0: greedy
     samples: int = 1  # completions per prompt
@@ -43,13 +43,16 @@ def evaluate(params: Any, collect: Collector, prompts: PromptSet, cfg: EvaluateC
       key: keys the sampling (unused at temperature 0).
     """
     count = min(cfg.prompts or len(prompts), len(prompts))
+    # Evenly spread: held-out files follow each other, and each of them must be heard.
+    wanted = [i * len(prompts) // count for i in range(count)]
     parts = []
     for start in range(0, count, cfg.batch_size):
-        real = min(cfg.batch_size, count - start)
-        chosen = [start + i if i < real else start for i in range(cfg.batch_size)]
+        chosen = wanted[start : start + cfg.batch_size]
+        real = len(chosen)
+        chosen = chosen + chosen[:1] * (cfg.batch_size - real)
         rollout = jax.device_get(collect.roll(params, prompts.take(chosen), key))
         parts.append(jax.tree.map(lambda x, n=real: x[:n] if x.ndim else x[None], rollout))
     rollout = jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
     rollout = rollout.replace(steps=rollout.steps.max())
-    experience = collect.assess(prompts.take(range(count)), rollout)
+    experience = collect.assess(prompts.take(wanted), rollout)
     return summarise(experience), log_rows(experience)
