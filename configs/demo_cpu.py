@@ -53,7 +53,7 @@ def get_config():
     c.rollout.max_new_tokens = 80
 
     c.mesh.fsdp = -1
-    c.checkpoint.every = 50
+    c.checkpoint.every = 20
     c.evaluate.batch_size = 128
     c.evaluate.temperature = 1.0
     c.evaluate.samples = 2
