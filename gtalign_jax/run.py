@@ -76,12 +76,12 @@ class Session:
     console: Console
     fingerprint: dict[str, Any]
 
-    def checkpoints(self, stage: str) -> Checkpointer:
+    def checkpoints(self, stage: str, read_only: bool = False) -> Checkpointer:
         prints = self.fingerprint
         if stage == "sft":
             prints = {k: v for k, v in prints.items() if k.startswith(SFT_KEYS)}
         directory = export.checkpoint_dir(self.config.workdir, stage)
-        return Checkpointer(directory, self.config.checkpoint, prints)
+        return Checkpointer(directory, self.config.checkpoint, prints, read_only=read_only)
 
     def stage(self, name: str, steps: int, checkpoints: Checkpointer, log_every: int = 1) -> Stage:
         return Stage(name, steps, self.config.seed, checkpoints, self.config.checkpoint,
@@ -152,7 +152,9 @@ def _claim(session: Session) -> None:
     config = session.config
     for stage in export.TRAINING_STAGES:
         if stage in config.stages and Path(export.checkpoint_dir(config.workdir, stage)).is_dir():
-            with contextlib.closing(session.checkpoints(stage)) as checkpoints:
+            # Only to read: a writer sweeps up after a killed save in the background, and two such
+            # sweeps, this one and the stage's own, end each other.
+            with contextlib.closing(session.checkpoints(stage, read_only=True)) as checkpoints:
                 checkpoints.check()
     save_run_info(config.workdir, config)
 

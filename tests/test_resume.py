@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -90,8 +89,9 @@ def kill_at(command: list[str], workdir: Path, stage: str, step: int, timeout: f
             assert time.monotonic() < deadline
             time.sleep(0.005)
     finally:
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+        process.kill()
+        process.wait()
+        process.stdout.close()
     steps = [row["step"] for row in runs.metrics(workdir, stage)]
     assert steps[-1] < {"sft": SFT_STEPS, "grpo": GRPO_STEPS}[stage], "killed too late"
 
