@@ -175,12 +175,9 @@ def _greet(session: Session) -> None:
 
 def _tokenizer(config: Config, prompts: list[Prompt]) -> tuple[PreTrainedTokenizerBase, str]:
     """The model's own tokenizer; for a model that starts from nothing, one trained here, once."""
-    source = config.model.tokenizer or config.model.path
-    if source:
-        directory = load.resolve(source)
-        return load_tokenizer(directory), directory
-    directory = f"{config.workdir}/tokenizer"
-    if not (Path(directory) / "tokenizer.json").exists():
+    directory = export.find_tokenizer(config, config.workdir)
+    is_own = config.model.tokenizer or config.model.path
+    if not is_own and not (Path(directory) / "tokenizer.json").exists():
         some = prompts[:TOKENIZER_CORPUS]
         has_chains = config.data.source == "builtin" or config.sft.examples != "builtin"
         pairs = _examples(config, some) if has_chains else [(p, p.ground_truth) for p in some]

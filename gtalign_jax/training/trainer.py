@@ -111,8 +111,7 @@ def host_metrics(seen: list[dict[str, dict[str, Any]]]) -> dict[str, float]:
     out = {}
     for name in seen[0]["means"]:
         means = [s["means"][name] for s in seen]
-        total = Mean(sum(m.sum for m in means), sum(m.count for m in means))
-        out[name] = float(total.divide())
+        out[name] = float(functools.reduce(Mean.merge, means).divide())
     for name in seen[0]["maxima"]:
         out[name] = float(max(s["maxima"][name] for s in seen))
     return out
