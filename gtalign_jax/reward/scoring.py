@@ -16,7 +16,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 import flax.struct
@@ -331,13 +331,31 @@ def _on_host(function: Callable, rows):
     B is padded to a power of two: a batch of another size must not mean another compilation.
     """
     count = jax.tree.leaves(rows)[0].shape[0]
-    size = 1 << max(count - 1, 0).bit_length()
+    size = _padded_size(count)
     padded = jax.tree.map(
         lambda x: np.pad(x, [(0, size - count)] + [(0, 0)] * (x.ndim - 1)), rows
     )
     with jax.enable_x64(True), _host_device():
         out = jax.device_get(function(padded))
     return jax.tree.map(lambda x: np.asarray(x)[:count], out)
+
+
+def _padded_size(count: int) -> int:
+    return 1 << max(count - 1, 0).bit_length()
+
+
+def lower(cfg: RewardConfig, count: int) -> dict[str, jax.stages.Lowered]:
+    """The jitted functions that `score` calls for `count` completions, lowered for the host."""
+    B = _padded_size(count)
+    with jax.enable_x64(True), _host_device():
+        number_B = jax.ShapeDtypeStruct((B,), jnp.float64)
+        payoff_BUAP = jax.ShapeDtypeStruct((B, 2, 3, 2), jnp.float64)
+        rows = {entry.name: number_B for entry in fields(_Measured)}
+        rows |= {"payoff_BUAP": payoff_BUAP, "scorable": jax.ShapeDtypeStruct((B,), jnp.bool_)}
+        return {
+            "games": _solve.lower(payoff_BUAP),
+            "reward": _reward.lower(cfg, _Measured(**rows)),
+        }
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ updates done. Schedules count those updates, never micro-batches or rollout step
 
 import dataclasses
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -108,11 +109,16 @@ def new_state(params: Params, optimizer: optax.GradientTransformation) -> TrainS
 def make_state(params: Params, cfg: ModelConfig, optimizer: optax.GradientTransformation,
                layout: Layout) -> TrainState:
     """`new_state`, laid out by rule, with copies: it may be donated while `params` lives on."""
-    shardings = state_shardings(cfg, optimizer, layout)
-    copy = jax.jit(
-        lambda p: new_state(jax.tree.map(jnp.copy, p), optimizer), out_shardings=shardings
+    return make_start(cfg, optimizer, layout)(params)
+
+
+def make_start(cfg: ModelConfig, optimizer: optax.GradientTransformation,
+               layout: Layout) -> Callable[[Params], TrainState]:
+    """The jitted function inside `make_state`."""
+    return jax.jit(
+        lambda p: new_state(jax.tree.map(jnp.copy, p), optimizer),
+        out_shardings=state_shardings(cfg, optimizer, layout),
     )
-    return copy(params)
 
 
 def abstract_state(cfg: ModelConfig, optimizer: optax.GradientTransformation,
