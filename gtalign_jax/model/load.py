@@ -2,6 +2,7 @@
 
     resolve(path)                     -> a local directory (local, hub name, or gs:// …)
     model_config(source, vocab_size)  -> ModelConfig
+    model_sizes(source)               -> ModelConfig, without weights or tokenizer: for planning
     load_model(source, cfg, layout)   -> float32 Params, created where they belong
 
 Only JSON, safetensors and tokenizer files are ever fetched: no code, no pickles.
@@ -14,6 +15,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -23,8 +25,9 @@ import huggingface_hub
 import jax
 import jax.numpy as jnp
 
+from gtalign_jax.model import known
 from gtalign_jax.model.hf import load_config, load_params
-from gtalign_jax.model.hf_config import config_to_hf
+from gtalign_jax.model.hf_config import config_from_hf, config_to_hf
 from gtalign_jax.model.safetensors_io import read_json
 from gtalign_jax.model.sharding import Layout, check_model_fits, param_shardings
 from gtalign_jax.model.spec import ModelConfig, Params, init_params
@@ -88,16 +91,33 @@ def resolve(path: str, key: str = "model.path") -> str:
       ValueError: nothing there, or no access; names `key`, the value and what is allowed.
     """
     wrong = f"{key}={path!r}"
+    match _kind(path, wrong):
+        case "url":
+            return _fetch_url(path, wrong)
+        case "hub":
+            return _fetch_hub(path, wrong)
+    return str(Path(path).expanduser())
+
+
+def _kind(path: str, wrong: str) -> str:
+    """"url", "directory" or "hub"; nothing is fetched. Raises ValueError for anything else."""
     if "://" in path:
-        return _fetch_url(path, wrong)
+        return "url"
     local = Path(path).expanduser()
     if local.is_dir():
-        return str(local)
+        return "directory"
     if local.exists():
         raise ValueError(f"{wrong} is a file; allowed: {ALLOWED}")
     if path.startswith(("/", ".", "~")) or not HUB_NAME.fullmatch(path):
         raise ValueError(f"{wrong}: there is no such directory; allowed: {ALLOWED}")
-    return _fetch_hub(path, wrong)
+    return "hub"
+
+
+def _hub_error(wrong: str, error: Exception) -> ValueError:
+    return ValueError(
+        f"{wrong}: neither a local directory nor a hub repository that can be read now "
+        f"({type(error).__name__}: {str(error).splitlines()[0]}); allowed: {ALLOWED}"
+    )
 
 
 @functools.cache
@@ -110,10 +130,7 @@ def _fetch_hub(name: str, wrong: str) -> str:
             ignore_patterns=["*/*"],
         )
     except (OSError, ValueError) as error:  # the hub's own errors derive from these
-        raise ValueError(
-            f"{wrong}: neither a local directory nor a hub repository that can be read now "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}); allowed: {ALLOWED}"
-        ) from error
+        raise _hub_error(wrong, error) from error
 
 
 def cache_dir() -> Path:
@@ -146,9 +163,13 @@ def _fetch_url(url: str, wrong: str) -> str:
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
     except (OSError, ValueError, ImportError) as error:
-        # fsspec's ImportError names the package to install (gs:// needs gcsfs).
-        raise ValueError(f"{wrong}: {type(error).__name__}: {error}; allowed: {ALLOWED}") from error
+        raise _url_error(wrong, error) from error
     return str(target)
+
+
+def _url_error(wrong: str, error: Exception) -> ValueError:
+    # fsspec's ImportError names the package to install (gs:// needs gcsfs).
+    return ValueError(f"{wrong}: {type(error).__name__}: {error}; allowed: {ALLOWED}")
 
 
 def _publish(partial: Path, target: Path) -> None:
@@ -176,10 +197,7 @@ def model_config(source: ModelSource, vocab_size: int) -> ModelConfig:
         cfg = ModelConfig(vocab_size=vocab_size, **sizes)
         config_to_hf(cfg)  # a model that nobody could take home is refused before it is trained
         return cfg
-    directory = resolve(source.path)
-    if not (Path(directory) / "config.json").is_file():
-        raise ValueError(f"model.path={source.path!r} has no config.json; allowed: {ALLOWED}")
-    cfg = load_config(directory)
+    cfg = _config_of_directory(source, resolve(source.path))
     if vocab_size > cfg.vocab_size:
         raise ValueError(
             f"model.path={source.path!r}: the tokenizer has {vocab_size} tokens, the model "
@@ -187,6 +205,56 @@ def model_config(source: ModelSource, vocab_size: int) -> ModelConfig:
             f"(model.tokenizer={source.tokenizer!r})"
         )
     return dataclasses.replace(cfg, vocab_multiple=source.vocab_multiple)
+
+
+def _config_of_directory(source: ModelSource, directory: str) -> ModelConfig:
+    if not (Path(directory) / "config.json").is_file():
+        raise ValueError(f"model.path={source.path!r} has no config.json; allowed: {ALLOWED}")
+    return load_config(directory)
+
+
+def model_sizes(source: ModelSource) -> ModelConfig:
+    """The sizes of the model that `source` names, at most its config.json fetched.
+
+    What `model_config` says once the model is there. A well-known hub name is looked up in
+    `known`. Without a path, `model.vocab_size` stands for the number of the tokenizer's tokens.
+
+    Raises:
+      ValueError: as `resolve` and `model_config`.
+    """
+    if not source.path:
+        return model_config(source, source.vocab_size)
+    path, wrong = source.path, f"model.path={source.path!r}"
+    match _kind(path, wrong):
+        case "url":
+            cfg = _config_of_url(path, wrong)
+        case "hub":
+            published = known.config(path)
+            cfg = _config_of_hub(path, wrong) if published is None else config_from_hf(published)
+        case _:
+            cfg = _config_of_directory(source, str(Path(path).expanduser()))
+    return dataclasses.replace(cfg, vocab_multiple=source.vocab_multiple)
+
+
+def _config_of_hub(name: str, wrong: str) -> ModelConfig:
+    repository, _, revision = name.partition("@")
+    try:
+        file = huggingface_hub.hf_hub_download(
+            repository, "config.json", revision=revision or None
+        )
+    except (OSError, ValueError) as error:
+        raise _hub_error(wrong, error) from error
+    return load_config(Path(file).parent)
+
+
+def _config_of_url(url: str, wrong: str) -> ModelConfig:
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            fs, root = fsspec.core.url_to_fs(url)
+            fs.get_file(f"{root.rstrip('/')}/config.json", str(Path(folder) / "config.json"))
+        except (OSError, ValueError, ImportError) as error:
+            raise _url_error(wrong, error) from error
+        return load_config(folder)
 
 
 def generation_config(source: ModelSource) -> dict[str, Any] | None:
@@ -208,6 +276,10 @@ def load_model(source: ModelSource, cfg: ModelConfig, layout: Layout | None,
         check_model_fits(cfg, layout.mesh)
     if source.path:
         return load_params(resolve(source.path), cfg, layout, jnp.float32)
+    return make_init(cfg, layout)(cfg, jax.random.fold_in(key, source.seed))
+
+
+def make_init(cfg: ModelConfig, layout: Layout | None) -> Callable[..., Params]:
+    """The jitted `init_params(cfg, key)`, its weights laid out by rule."""
     shardings = None if layout is None else param_shardings(cfg, layout)
-    init = jax.jit(init_params, static_argnums=0, out_shardings=shardings)
-    return init(cfg, jax.random.fold_in(key, source.seed))
+    return jax.jit(init_params, static_argnums=0, out_shardings=shardings)
