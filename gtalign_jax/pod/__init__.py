@@ -1,0 +1,1 @@
+"""Many processes as one run: start together, swap host data, end together."""
