@@ -138,8 +138,67 @@ def test_sizes_of_a_given_model_come_from_its_files(model_dir):
 
 
 def test_a_directory_without_a_config_is_named(tmp_path):
-    with pytest.raises(ValueError, match="model.path=.*has no config.json"):
-        load.model_config(ModelSource(path=str(tmp_path)), 10)
+    for sizes in (lambda source: load.model_config(source, 10), load.model_sizes):
+        with pytest.raises(ValueError, match="model.path=.*has no config.json"):
+            sizes(ModelSource(path=str(tmp_path)))
+
+
+def test_sizes_for_planning_are_those_of_the_run(model_dir):
+    source = ModelSource(path=str(model_dir), vocab_multiple=32)
+    assert load.model_sizes(source) == load.model_config(source, 48)
+    new = dataclasses.replace(SOURCE, vocab_size=50)
+    assert load.model_sizes(new) == load.model_config(new, 50)
+
+
+def test_sizes_of_a_published_model_are_known_without_asking_the_hub(cache, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", pytest.fail)
+    cfg = load.model_sizes(ModelSource(path="Qwen/Qwen2.5-3B-Instruct", vocab_multiple=1000))
+    assert (cfg.d_model, cfg.num_layers, cfg.num_kv_heads, cfg.head_dim) == (2048, 36, 2, 128)
+    assert (cfg.vocab_size, cfg.padded_vocab_size) == (151_936, 152_000)
+
+
+def test_a_local_directory_goes_before_the_published_model_of_that_name(
+    model_dir, tmp_path, monkeypatch
+):
+    shutil.copytree(model_dir, tmp_path / "Qwen" / "Qwen3-8B")
+    monkeypatch.chdir(tmp_path)
+    assert load.model_sizes(ModelSource(path="Qwen/Qwen3-8B")).d_model == 32
+
+
+def test_sizes_of_another_hub_model_need_its_config_alone(cache, monkeypatch, model_dir):
+    asked = []
+
+    def download(*arguments, **options):
+        asked.append((*arguments, options["revision"]))
+        return str(model_dir / "config.json")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", pytest.fail)
+    for name in ("org/name", "Qwen/Qwen3-8B@main"):  # a pinned revision is nobody's to guess
+        assert load.model_sizes(ModelSource(path=name)).d_model == 32
+    assert asked == [
+        ("org/name", "config.json", None), ("Qwen/Qwen3-8B", "config.json", "main"),
+    ]
+
+
+def test_sizes_of_a_remote_directory_need_its_config_alone(cache, model_dir):
+    remote = fsspec.filesystem("memory")
+    remote.pipe_file("/sizes/config.json", (model_dir / "config.json").read_bytes())
+    remote.pipe_file("/sizes/model.safetensors", b"not read")
+    for url in ("memory://sizes", "memory://sizes/"):
+        assert load.model_sizes(ModelSource(path=url)) == hf.load_config(model_dir)
+    assert not cache.exists()
+
+
+@pytest.mark.parametrize("path, said", [
+    ("no-org/no-model", "hub repository that can be read now"),
+    ("memory://sizes/nowhere", "FileNotFoundError"),
+    ("nosuch://bucket/x", "nosuch"),
+    ("/no/such/directory", "there is no such directory"),
+])
+def test_sizes_that_cannot_be_read_are_an_error_naming_the_path(path, said, cache):
+    with pytest.raises(ValueError, match=f"model.path='{path}'.*{said}.*{ALLOWED}"):
+        load.model_sizes(ModelSource(path=path))
 
 
 def test_generation_config_is_read_where_there_is_one(model_dir):
