@@ -61,6 +61,22 @@ class Topology:
     def hosts(self) -> int:
         return self.chips // self.chips_per_host
 
+    def ici_bandwidth(self, group: int) -> float:
+        """Bytes per second that can reach the worst-placed of `group` chips of one slice.
+
+        Along a side that closes into a ring two links lead to every chip, along one that does not
+        only one leads to the chip at its end. Rings: in v4 and v5p if all sides are multiples of 4
+        (whole cubes), in v5e and v6e along sides of 16. A group of all chips of the slice uses all
+        sides, a smaller one is taken to lie along one side.
+        """
+        cubes = self.chip.cores == 2 and all(side % 4 == 0 for side in self.shape)
+        links = sum(
+            2 if cubes or self.chip.cores == 1 and side == 16 else 1
+            for side in self.shape if side > 1
+        )
+        used = links if group >= self.chips_per_slice else min(2, links)
+        return max(1, used) * self.chip.link_bandwidth
+
 
 def names() -> dict[str, list[str]]:
     """The names that `describe` knows, by generation."""
