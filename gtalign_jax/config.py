@@ -72,7 +72,8 @@ class Config:
 
 # Keys that change how fast or where a run computes, not what; a checkpoint may outlive them.
 _CIRCUMSTANCES = re.compile(
-    r"workdir|stages|(mesh|checkpoint|evaluate)\..*"
+    r"workdir|stages|(mesh|checkpoint|evaluate|pod)\..*"
+    r"|model\.attention|rollout\.micro_batch_prompts"
     r"|(sft|grpo)\.(micro_batch\w*|logit_chunk|remat|log_every)"
     r"|judge\.(base_url|api_key_env|concurrency|timeout_s|retries)"
     r"|data\.(test|test_size)"
@@ -278,7 +279,7 @@ def save_run_info(workdir: str | Path, config: Config) -> None:
         "git": git_revision(),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": versions(),
     }
     (workdir / CONFIG_FILE).write_text(resolved_json(config), encoding="utf-8")
     (workdir / RUN_INFO_FILE).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
@@ -299,6 +300,11 @@ def git_revision() -> str | None:
         return git("rev-parse", "HEAD") + ("+dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def versions() -> dict[str, str | None]:
+    """The installed version of each of PACKAGES."""
+    return {name: _version(name) for name in PACKAGES}
 
 
 def _version(package: str) -> str | None:

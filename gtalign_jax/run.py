@@ -97,7 +97,8 @@ class Session:
         reshard = make_reshard(self.model, self.rollout_layout, self.dtype)
         return self.collector(sampler, cfg.samples), reshard
 
-    def collector(self, sampler: SamplerConfig, samples: int) -> Collector:
+    def collector(self, sampler: SamplerConfig, samples: int,
+                  micro_batch_prompts: int = 0) -> Collector:
         return Collector(
             sample=make_sampler(self.model, sampler, samples, self.stop_ids, self.rollout_layout),
             tokenizer=self.tokenizer,
@@ -105,6 +106,7 @@ class Session:
             reward=self.config.reward,
             layout=self.rollout_layout,
             filters=sampler.filters,
+            micro_batch_prompts=micro_batch_prompts,
         )
 
 
@@ -132,8 +134,8 @@ def open_session(config: Config) -> Session:
         train=PromptSet(prompts, tokenizer, limit),
         test=PromptSet(held_out, tokenizer, limit) if held_out else None,
         judge=make_judge(config.judge, RULES),
-        train_layout=Layout(mesh, TRAIN),
-        rollout_layout=Layout(mesh, ROLLOUT),
+        train_layout=Layout(mesh, TRAIN, config.model.attention),
+        rollout_layout=Layout(mesh, ROLLOUT, config.model.attention),
         dtype=jnp.dtype(config.model.compute_dtype),
         metrics=MetricsWriter(config.workdir),
         console=console,
@@ -261,6 +263,9 @@ def run_grpo(session: Session, policy: Params, checkpoints: Checkpointer) -> Tra
     """GRPO from `policy`, which is also the reference, or from its last checkpoint."""
     config, cfg = session.config, session.config.grpo
     fresh, abstract = _states(session, policy, cfg, cfg.steps * cfg.updates_per_step)
+    reference = None
+    if cfg.reference:  # only ever computed with: half the memory where that is in bfloat16
+        reference = make_reshard(session.model, session.train_layout, session.dtype)(policy)
     every = config.evaluate.every_steps if session.test else 0
     session.metrics.truncate("evaluate", checkpoints.latest() or 0)
 
@@ -272,8 +277,9 @@ def run_grpo(session: Session, policy: Params, checkpoints: Checkpointer) -> Tra
     with contextlib.closing(RolloutLog(config.workdir)) as rollouts:
         return train_grpo(
             session.stage("grpo", cfg.steps, checkpoints), fresh, abstract,
-            policy if cfg.reference else None, session.train,
-            session.collector(config.rollout, cfg.samples_per_prompt),
+            reference, session.train,
+            session.collector(config.rollout, cfg.samples_per_prompt,
+                              config.rollout.micro_batch_prompts),
             model=session.model, cfg=cfg, layout=session.train_layout, dtype=session.dtype,
             rollouts=rollouts, after=after,
         )

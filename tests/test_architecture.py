@@ -18,8 +18,10 @@ MAY_IMPORT = {
     "data": {"game"},
     "reward": {"game", "data"},
     "rollout": {"model", "game"},
-    "training": {"game", "data", "reward", "model", "rollout", "evaluation"},
-    "evaluation": {"game", "data", "reward", "model", "rollout", "training"},
+    "pod": set(),
+    "training": {"game", "data", "reward", "model", "rollout", "evaluation", "pod"},
+    "evaluation": {"game", "data", "reward", "model", "rollout", "training", "pod"},
+    "aot": {"game", "data", "reward", "model", "rollout", "training", "evaluation", "config"},
 }
 
 

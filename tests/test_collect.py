@@ -41,7 +41,7 @@ def experience(monkeypatch):
         logp_QGT=np.array([[[-1.0, -2, 0], [-4.0, 0, 0]], [[-1.0, -1, -1], [-2.0, -3, 0]]]),
         lengths_QG=np.array([[2, 1], [3, 2]]),
         stopped_QG=np.array([[True, True], [False, True]]),
-        steps=np.array(3),
+        slots=np.array(12),
     )
     return collector.assess(types.SimpleNamespace(prompts=tuple(PROMPTS)), rollout)
 

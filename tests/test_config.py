@@ -113,7 +113,7 @@ def test_the_batch_table_is_the_arithmetic_of_the_settings():
 
 def test_the_fingerprint_holds_what_changes_the_result_and_no_circumstances():
     base = configured()
-    same = configured(workdir="elsewhere", grpo__micro_batch_prompts=8, grpo__remat=True,
+    same = configured(workdir="elsewhere", grpo__micro_batch_prompts=8, grpo__remat="full",
                       mesh__fsdp=1, checkpoint__keep=7, judge__base_url="http://other:1/v1",
                       grpo__steps=9)
     assert fingerprint(same, tokenizer="abc") == fingerprint(base, tokenizer="abc")

@@ -38,7 +38,7 @@ class Collector:
         return Rollout(
             tokens_QGT=np.zeros((Q, G, 9), np.int32), logp_QGT=np.zeros((Q, G, 9)),
             lengths_QG=index_QG, stopped_QG=np.ones((Q, G), bool),
-            steps=np.array(len(self.batches)),
+            slots=np.array(len(self.batches)),
         )
 
     def assess(self, batch, rollout):
@@ -75,7 +75,7 @@ def test_all_completions_are_scored_at_once_in_the_order_of_the_prompts(run):
     assert prompts == tuple(range(7))
     assert rollout.tokens_QGT.shape == (7, 2, 9)
     assert rows == [i for i in range(7) for _ in range(2)]
-    assert rollout.steps == 3  # the longest batch's
+    assert rollout.slots == 1 + 2 + 3  # of all batches
 
 
 @pytest.mark.parametrize("options, expected", [

@@ -41,8 +41,9 @@ def loss_of(monkeypatch):
     def run(logp_QGT, b: Batch, ref_QGT=None, **options):
         cfg = GRPOConfig(**({**NO_KL, **options} if ref_QGT is None else options))
         logp_QGT = jnp.asarray(logp_QGT, jnp.float32)
-        ref = None if ref_QGT is None else jnp.asarray(ref_QGT, jnp.float32)
-        return jax.device_get(grpo.loss_and_grads(logp_QGT, ref, b, cfg=None, grpo=cfg))
+        if ref_QGT is not None:
+            b = b.replace(ref_logp_QGT=jnp.asarray(ref_QGT, jnp.float32))
+        return jax.device_get(grpo.loss_and_grads(logp_QGT, b, cfg=None, grpo=cfg))
 
     return run
 

@@ -106,9 +106,14 @@ def whole(cfg: GRPOConfig):
     )
 
 
+def with_reference(b: Batch) -> Batch:
+    ref = logps(reference(), b.prompt_QS, b.prompt_lengths_Q, b.tokens_QGT)
+    return b.replace(ref_logp_QGT=ref)
+
+
 def run(b: Batch, **options):
     cfg = GRPOConfig(**{"beta": BASE.beta, "logit_chunk": BASE.logit_chunk, **options})
-    return jax.device_get(whole(cfg)(tiny.params(), reference(), b))
+    return jax.device_get(whole(cfg)(tiny.params(), with_reference(b)))
 
 
 def assert_same_grads(a, b, **tolerance):
@@ -235,7 +240,8 @@ def test_micro_batches_add_up_to_the_whole_under_unequal_token_counts(aggregatio
 def test_log_probabilities_in_micro_batches_stay_in_place():
     b = make_batch()
     expected = logps(tiny.params(), b.prompt_QS, b.prompt_lengths_Q, b.tokens_QGT)
-    found = grpo.make_logps(tiny.CFG, GRPOConfig(micro_batch_prompts=2))(tiny.params(), b)
+    cfg = GRPOConfig(micro_batch_prompts=2)
+    found = grpo.make_logps(tiny.CFG, cfg, layout=layout_of(**ONE))(tiny.params(), b)
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
@@ -255,7 +261,7 @@ def test_eight_devices_make_the_update_of_one():
     for sizes in (ONE, EIGHT):
         layout = layout_of(**sizes)
         put = functools.partial(jax.device_put, device=param_shardings(tiny.CFG, layout))
-        found = whole(BASE)(put(tiny.params()), put(reference()), grpo.place(b, layout))
+        found = whole(BASE)(put(tiny.params()), grpo.place(with_reference(b), layout))
         results.append(jax.device_get(found))
     (loss, grads, seen), (other, other_grads, other_seen) = results
     assert float(loss) == pytest.approx(float(other), abs=1e-6)
@@ -281,7 +287,7 @@ def test_the_state_is_donated_stays_in_place_and_three_steps_compile_once(sizes)
     for step in range(3):
         before = state
         places = jax.tree.map(lambda x: x.sharding, before)
-        state, seen = update(state, None, grpo.place(make_batch(step), layout))
+        state, seen = update(state, grpo.place(make_batch(step), layout))
         losses.append(float(seen["means"]["grpo/loss"].sum))
         assert all(x.is_deleted() for x in jax.tree.leaves(before))
         for x, place in zip(jax.tree.leaves(state), jax.tree.leaves(places), strict=True):
@@ -315,6 +321,6 @@ def test_repeated_updates_on_one_batch_raise_what_had_advantage_and_lower_the_re
 
     up, down = means(state.params)
     for _ in range(5):
-        state, _ = update(state, None, b)
+        state, _ = update(state, b)
     up_after, down_after = means(state.params)
     assert up_after > up + 0.05 and down_after < down - 0.05

@@ -82,7 +82,7 @@ def test_a_stop_token_in_first_place_is_a_completion_of_length_one():
     rollout = sample(stop_ids=everything)
     assert (rollout.lengths_QG == 1).all()
     assert rollout.stopped_QG.all()
-    assert rollout.steps == 1  # all rows done early: the loop ends
+    assert rollout.slots == rollout.lengths_QG.size  # one each: all rows done early: the loop ends
     assert stop < 50
 
 
@@ -176,7 +176,9 @@ def test_padding_ids_of_the_vocabulary_are_never_drawn():
 def test_the_compiled_sampler_has_no_host_callback():
     run = make_sampler(tiny.CFG, SamplerConfig(max_new_tokens=T), G, (49,))
     prompts_QS, lengths_Q, _ = tiny.rows()
-    text = run.lower(tiny.params(), prompts_QS, lengths_Q, jnp.arange(Q), KEY).compile().as_text()
+    cache, last_Q = jax.eval_shape(run.prefill, tiny.params(), prompts_QS, lengths_Q)
+    lowered = run.decode.lower(tiny.params(), cache, last_Q, jnp.arange(Q), KEY)
+    text = lowered.compile().as_text()
     assert "while" in text
     targets = re.findall(r'custom_call_target="([^"]*)"', text)
     assert not [target for target in targets if "callback" in target]

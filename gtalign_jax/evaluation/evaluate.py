@@ -53,6 +53,6 @@ def evaluate(params: Any, collect: Collector, prompts: PromptSet, cfg: EvaluateC
         rollout = jax.device_get(collect.roll(params, prompts.take(chosen), key))
         parts.append(jax.tree.map(lambda x, n=real: x[:n] if x.ndim else x[None], rollout))
     rollout = jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
-    rollout = rollout.replace(steps=rollout.steps.max())
+    rollout = rollout.replace(slots=rollout.slots.sum())
     experience = collect.assess(prompts.take(wanted), rollout)
     return summarise(experience), log_rows(experience)

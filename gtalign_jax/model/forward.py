@@ -24,11 +24,34 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.ad_checkpoint import checkpoint_name
 
+from gtalign_jax.model.attention import (
+    NEG,
+    Attend,
+    attend_shared,
+    group_attention,
+    padded_width,
+    prompt_mask,
+)
 from gtalign_jax.model.sharding import Layout
 from gtalign_jax.model.spec import Layers, ModelConfig, Params
 
-NEG = -1e30  # a masked score: finite, so that a row with nothing to attend to stays finite
+# What the backward pass keeps of a block besides its input; the rest it computes anew. "none" keeps
+# everything (no rematerialisation), "full" nothing, "dots" the outputs of matrix products with
+# weights, "attention" what attention returned: it costs most to repeat per byte.
+REMAT_POLICIES = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names("attended"),
+}
+
+
+def check_remat(name: str) -> None:
+    """Raises ValueError for a policy that is none of REMAT_POLICIES."""
+    if name not in REMAT_POLICIES:
+        raise ValueError(f"remat={name!r}: expected one of {tuple(REMAT_POLICIES)}")
 
 
 @struct.dataclass
@@ -130,65 +153,45 @@ def _finish(x: jax.Array, attended: jax.Array, w: Layers, cfg: ModelConfig) -> j
     return x + jnp.einsum("...F,FD->...D", jax.nn.silu(gate) * up, w.down_LFD)
 
 
-def _attend_prompt(q_QSKRH, k_QSKH, v_QSKH, mask_QSS) -> jax.Array:
-    """Causal attention inside the prompt stream."""
-    scores = jnp.einsum("QTKRH,QSKH->QKRTS", q_QSKRH, k_QSKH, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask_QSS[:, None, None], scores, NEG)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v_QSKH.dtype)
-    return jnp.einsum("QKRTS,QSKH->QTKRH", weights, v_QSKH)
-
-
-def _attend_shared(q_QGTKRH, prompt_k_QSKH, prompt_v_QSKH, own_k_QGCKH, own_v_QGCKH,
-                   prompt_mask_QS, own_mask) -> jax.Array:
-    """Each row attends to its group's prompt and to itself: one softmax over both parts.
-
-    `own_mask` broadcasts against the own scores `[Q, G, K, R, T, C]`.
-    """
-    f32 = jnp.float32
-    shared = jnp.einsum("QGTKRH,QSKH->QKGRTS", q_QGTKRH, prompt_k_QSKH, preferred_element_type=f32)
-    shared = jnp.where(prompt_mask_QS[:, None, None, None, None], shared, NEG)
-    own = jnp.einsum("QGTKRH,QGCKH->QGKRTC", q_QGTKRH, own_k_QGCKH, preferred_element_type=f32)
-    own = jnp.where(own_mask, own, NEG)
-    # The maximum only guards the exponentials; it cancels, so no gradient flows through it.
-    top_shared = jax.lax.stop_gradient(shared.max(axis=-1, keepdims=True))
-    top_own = jax.lax.stop_gradient(own.max(axis=-1, keepdims=True))
-    top = jnp.maximum(jnp.swapaxes(top_shared, 1, 2), top_own)
-    shared, own = jnp.exp(shared - jnp.swapaxes(top, 1, 2)), jnp.exp(own - top)
-    total = jnp.swapaxes(shared.sum(-1), 1, 2) + own.sum(-1)
-    dtype = prompt_v_QSKH.dtype
-    out = jnp.einsum("QKGRTS,QSKH->QGTKRH", shared.astype(dtype), prompt_v_QSKH)
-    out = out + jnp.einsum("QGKRTC,QGCKH->QGTKRH", own.astype(dtype), own_v_QGCKH)
-    return (out / jnp.moveaxis(total, -1, 2)[..., None]).astype(dtype)
-
-
 def _embed(params: Params, tokens: jax.Array) -> jax.Array:
     return jnp.take(params.embed_VD, tokens, axis=0)
 
 
-def _prompt_mask(lengths_Q: jax.Array, S: int) -> jax.Array:
-    return jnp.arange(S)[None, :] < lengths_Q[:, None]
+def _run(params: Params, cfg: ModelConfig, tokens_QW, positions_QW, attend: Attend,
+         layout: Layout | None, *, emit: Callable = lambda k, v: None, remat: str = "none"):
+    """All blocks over groups of W positions; `emit(k, v)` says what is kept of each layer."""
+    cos, sin = _cos_sin(cfg, positions_QW, 4)
+
+    def pin(x_QWD: jax.Array) -> jax.Array:
+        if layout is None:
+            return x_QWD
+        return layout.constrain(x_QWD, "prompts", "sequence", None)
+
+    def block(x_QWD, w: Layers):
+        q, k, v = _qkv(x_QWD, w, cfg, cos, sin)
+        attended = checkpoint_name(attend(q, k, v), "attended")
+        return pin(_finish(x_QWD, attended, w, cfg)), emit(k, v)
+
+    if remat != "none":
+        block = jax.checkpoint(block, policy=REMAT_POLICIES[remat])
+    return jax.lax.scan(block, pin(_embed(params, tokens_QW)), params.layers)
 
 
-def _causal(T: int) -> jax.Array:
-    return jnp.arange(T)[:, None] >= jnp.arange(T)[None, :]
-
-
-def _scan_prompt(params: Params, cfg: ModelConfig, tokens_QS, lengths_Q, emit: Callable):
-    """Runs the prompt stream; `emit(k, v)` says what is kept of each layer."""
+def _run_prompts(params: Params, cfg: ModelConfig, tokens_QS, lengths_Q, layout: Layout | None,
+                 emit: Callable = lambda k, v: None):
+    """`_run` over prompts alone, padded to the width that attention wants."""
     S = tokens_QS.shape[1]
-    cos, sin = _cos_sin(cfg, jnp.arange(S), 4)
-    mask_QSS = _causal(S)[None] & _prompt_mask(lengths_Q, S)[:, None, :]
-
-    def block(x_QSD, w: Layers):
-        q, k, v = _qkv(x_QSD, w, cfg, cos, sin)
-        return _finish(x_QSD, _attend_prompt(q, k, v, mask_QSS), w, cfg), emit(k, v)
-
-    return jax.lax.scan(block, _embed(params, tokens_QS), params.layers)
+    W = padded_width(S, layout)
+    tokens_QW = jnp.pad(tokens_QS, ((0, 0), (0, W - S)))
+    positions_QW = jnp.broadcast_to(jnp.arange(W)[None], tokens_QW.shape)
+    attend = group_attention(S, 0, 0, lengths_Q, layout)
+    x_QWD, kept = _run(params, cfg, tokens_QW, positions_QW, attend, layout, emit=emit)
+    return x_QWD[:, :S], kept
 
 
 def full_hidden(params: Params, cfg: ModelConfig, tokens_BT, lengths_B) -> jax.Array:
     """Final hidden states `[B, T, D]` of right-padded rows, the plain way."""
-    x_BTD, _ = _scan_prompt(params, cfg, tokens_BT, lengths_B, lambda k, v: None)
+    x_BTD, _ = _run_prompts(params, cfg, tokens_BT, lengths_B, None)
     return rms_norm(x_BTD, params.final_norm_D, cfg.norm_eps)
 
 
@@ -210,7 +213,10 @@ def logits(params: Params, cfg: ModelConfig, hidden: jax.Array) -> jax.Array:
 def prefill(params: Params, cfg: ModelConfig, tokens_QS, lengths_Q,
             layout: Layout | None = None) -> PromptCache:
     """Keys and values of the prompt stream (all prompt tokens but the last)."""
-    _, (k, v) = _scan_prompt(params, cfg, tokens_QS, lengths_Q, lambda k, v: (k, v))
+    S = tokens_QS.shape[1]
+    _, (k, v) = _run_prompts(
+        params, cfg, tokens_QS, lengths_Q, layout, emit=lambda k, v: (k[:, :S], v[:, :S])
+    )
     if layout is not None:
         axes = (None, "prompts", None, "kv_heads", None)
         k, v = layout.constrain(k, *axes), layout.constrain(v, *axes)
@@ -224,7 +230,7 @@ def decode_step(params: Params, cfg: ModelConfig, prompt: PromptCache, k_LQGTKH,
     Returns (final hidden `[Q, G, D]`, the two own caches with position t filled).
     """
     cos, sin = _cos_sin(cfg, (prompt.lengths_Q + t)[:, None, None], 5)
-    prompt_mask_QS = _prompt_mask(prompt.lengths_Q, prompt.k_LQSKH.shape[2])
+    prompt_mask_QS = prompt_mask(prompt.lengths_Q, prompt.k_LQSKH.shape[2])
     own_mask = jnp.reshape(jnp.arange(k_LQGTKH.shape[3]) <= t, (1, 1, 1, 1, 1, -1))
 
     def block(carry, xs):
@@ -237,7 +243,7 @@ def decode_step(params: Params, cfg: ModelConfig, prompt: PromptCache, k_LQGTKH,
         v_cache = jax.lax.dynamic_update_slice(v_cache, v[None], at)
         own_k = jax.lax.dynamic_index_in_dim(k_cache, layer, keepdims=False)
         own_v = jax.lax.dynamic_index_in_dim(v_cache, layer, keepdims=False)
-        attended = _attend_shared(q, prompt_k, prompt_v, own_k, own_v, prompt_mask_QS, own_mask)
+        attended = attend_shared(q, prompt_k, prompt_v, own_k, own_v, prompt_mask_QS, own_mask)
         return (_finish(x_QGTD, attended, w, cfg), k_cache, v_cache), None
 
     x = _embed(params, token_QG)[:, :, None]
@@ -246,35 +252,27 @@ def decode_step(params: Params, cfg: ModelConfig, prompt: PromptCache, k_LQGTKH,
     return rms_norm(x[:, :, 0], params.final_norm_D, cfg.norm_eps), k_LQGTKH, v_LQGTKH
 
 
-def shared_hidden(params: Params, cfg: ModelConfig, tokens_QS, lengths_Q, rows_QGT,
-                  remat: bool = False) -> jax.Array:
+def shared_hidden(params: Params, cfg: ModelConfig, tokens_QS, lengths_Q, rows_QGT, *,
+                  remat: str = "none", layout: Layout | None = None) -> jax.Array:
     """Final hidden states `[Q, G, T, D]` of rows that share their group's prompt.
 
     Args:
       tokens_QS, lengths_Q: the prompt stream (prompt without its last token), right-padded.
       rows_QGT: last prompt token, then the completion without its last token, right-padded.
-      remat: recompute each block in the backward pass instead of keeping its activations.
+      remat: what the backward pass computes anew instead of keeping it, one of REMAT_POLICIES.
     """
-    (S, T) = tokens_QS.shape[1], rows_QGT.shape[2]
-    cos_S, sin_S = _cos_sin(cfg, jnp.arange(S), 4)
-    positions_QGT = (lengths_Q[:, None] + jnp.arange(T)[None, :])[:, None]
-    cos_T, sin_T = _cos_sin(cfg, positions_QGT, 5)
-    prompt_mask_QS = _prompt_mask(lengths_Q, S)
-    mask_QSS = _causal(S)[None] & prompt_mask_QS[:, None, :]
-    own_mask = jnp.reshape(_causal(T), (1, 1, 1, 1, T, T))
-
-    def block(carry, w: Layers):
-        p_QSD, x_QGTD = carry
-        pq, pk, pv = _qkv(p_QSD, w, cfg, cos_S, sin_S)
-        p_QSD = _finish(p_QSD, _attend_prompt(pq, pk, pv, mask_QSS), w, cfg)
-        q, k, v = _qkv(x_QGTD, w, cfg, cos_T, sin_T)
-        attended = _attend_shared(q, pk, pv, k, v, prompt_mask_QS, own_mask)
-        return (p_QSD, _finish(x_QGTD, attended, w, cfg)), None
-
-    block = jax.checkpoint(block) if remat else block
-    streams = (_embed(params, tokens_QS), _embed(params, rows_QGT))
-    (_, x_QGTD), _ = jax.lax.scan(block, streams, params.layers)
-    return rms_norm(x_QGTD, params.final_norm_D, cfg.norm_eps)
+    (Q, S), (_, G, T) = tokens_QS.shape, rows_QGT.shape
+    W = padded_width(S + G * T, layout)
+    tokens_QW = jnp.concatenate([tokens_QS, rows_QGT.reshape(Q, G * T)], axis=1)
+    row_QT = lengths_Q[:, None] + jnp.arange(T)[None, :]
+    prompt_QS = jnp.broadcast_to(jnp.arange(S)[None], (Q, S))
+    positions_QW = jnp.concatenate([prompt_QS, jnp.tile(row_QT, (1, G))], axis=1)
+    pad = ((0, 0), (0, W - S - G * T))
+    attend = group_attention(S, G, T, lengths_Q, layout)
+    x_QWD, _ = _run(params, cfg, jnp.pad(tokens_QW, pad), jnp.pad(positions_QW, pad), attend,
+                    layout, remat=remat)
+    rows_QGTD = x_QWD[:, S : S + G * T].reshape(Q, G, T, -1)
+    return rms_norm(rows_QGTD, params.final_norm_D, cfg.norm_eps)
 
 
 def split_prompt(tokens_QS: jax.Array, lengths_Q: jax.Array) -> tuple[jax.Array, jax.Array]:

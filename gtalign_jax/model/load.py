@@ -29,7 +29,7 @@ from gtalign_jax.model import known
 from gtalign_jax.model.hf import load_config, load_params
 from gtalign_jax.model.hf_config import config_from_hf, config_to_hf
 from gtalign_jax.model.safetensors_io import read_json
-from gtalign_jax.model.sharding import Layout, check_model_fits, param_shardings
+from gtalign_jax.model.sharding import ATTENTION, Layout, check_model_fits, param_shardings
 from gtalign_jax.model.spec import ModelConfig, Params, init_params
 
 ALLOWED = (
@@ -49,7 +49,8 @@ class ModelSource:
     are not read. With an empty path they describe a model that starts from random weights.
     `tokenizer`: a path of the same kinds, where it is not the model's own. `vocab_size`: of the
     tokenizer trained in the run, where there is neither. `compute_dtype`: of the forward and
-    backward pass; master weights are float32. `seed` varies the random weights alone.
+    backward pass; master weights are float32. `attention`: "flash", "dense", or "auto", flash on
+    TPUs. `seed` varies the random weights alone.
     """
 
     path: str = ""
@@ -71,6 +72,7 @@ class ModelSource:
     init_scale: float = 0.02
     vocab_multiple: int = 1
     compute_dtype: str = "bfloat16"
+    attention: str = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -78,6 +80,8 @@ class ModelSource:
             raise ValueError(
                 f"model.compute_dtype={self.compute_dtype!r}: expected one of {COMPUTE_DTYPES}"
             )
+        if self.attention not in ATTENTION:
+            raise ValueError(f"model.attention={self.attention!r}: expected one of {ATTENTION}")
         for field in ("vocab_size", "d_model", "d_ff", "num_layers", "num_heads", "num_kv_heads",
                       "head_dim", "max_position", "vocab_multiple"):
             if getattr(self, field) < 1:

@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from gtalign_jax.model.spec import ModelConfig, is_spec, param_specs
 
 MESH_AXES = ("slice", "data", "fsdp", "tensor")
+ATTENTION = ("auto", "flash", "dense")
 BATCH_AXES = ("slice", "data", "fsdp")
 
 
@@ -41,6 +42,7 @@ class Rules:
     heads: str | None = "tensor"
     kv_heads: str | None = "tensor"
     prompts: tuple[str, ...] | None = BATCH_AXES
+    sequence: str | None = "tensor"  # of the residual stream between blocks
 
     def spec(self, *axes: str | None) -> PartitionSpec:
         """The partition of an array with these logical axes."""
@@ -54,16 +56,43 @@ ROLLOUT = Rules(embed=None)
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A mesh and the rules in force on it. Hashable: a static argument."""
+    """A mesh, the rules in force on it, and how attention is computed there.
+
+    `attention`: "flash" (the Pallas kernel; interpreted, slowly, where there is no TPU), "dense",
+    or "auto": flash on TPUs. Hashable: a static argument.
+    """
 
     mesh: Mesh
     rules: Rules
+    attention: str = "auto"
+
+    @property
+    def is_tpu(self) -> bool:
+        return self.mesh.devices.flat[0].platform == "tpu"
+
+    @property
+    def flash(self) -> bool:
+        return self.attention == "flash" or (self.attention == "auto" and self.is_tpu)
 
     def sharding(self, *axes: str | None) -> NamedSharding:
         return NamedSharding(self.mesh, self.rules.spec(*axes))
 
     def constrain(self, x: jax.Array, *axes: str | None) -> jax.Array:
-        """Pin an intermediate value to its place; trailing dimensions are not cut."""
+        """Pin an intermediate value to its place; trailing dimensions are not cut.
+
+        An axis that does not divide its dimension leaves that dimension whole.
+        """
+        sizes = dict(zip(MESH_AXES, self.mesh.devices.shape, strict=True))
+        table = dataclasses.asdict(self.rules)
+
+        def divides(axis: str | None, size: int) -> bool:
+            cut = () if axis is None or table[axis] is None else table[axis]
+            names = (cut,) if isinstance(cut, str) else cut
+            return size % math.prod(sizes[name] for name in names) == 0
+
+        axes = tuple(
+            axis if divides(axis, n) else None for axis, n in zip(axes, x.shape, strict=False)
+        )
         return jax.lax.with_sharding_constraint(x, self.sharding(*axes))
 
 

@@ -1,4 +1,4 @@
-"""Sampling groups of completions: one jitted function, wholly on the device.
+"""Sampling groups of completions: two jitted functions, wholly on the device.
 
     prompts_QS  --prefill once-->  PromptCache  --while_loop-->  tokens_QGT, logp_QGT, lengths_QG
 
@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from gtalign_jax.model import forward
+from gtalign_jax.model.forward import PromptCache
 from gtalign_jax.model.sharding import Layout
 from gtalign_jax.model.spec import ModelConfig, Params
 from gtalign_jax.rollout import filters as filters_lib
@@ -33,6 +34,7 @@ class SamplerConfig:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    micro_batch_prompts: int = 0  # prompts sampled at a time, to bound their caches; 0: all
 
     def __post_init__(self) -> None:
         """Refuses what has no meaning at once: the sampler is made only after the cold start."""
@@ -53,14 +55,14 @@ class Rollout:
     logp_QGT: log-probability of each token under the distribution it was drawn from; 0 past it.
     lengths_QG: number of completion tokens, the stop token included.
     stopped_QG: the row ended by a stop token (otherwise it was cut at the limit).
-    steps: decode iterations run (each costs Q*G slots, finished or not).
+    slots: row positions computed, those of finished rows too: iterations times Q G.
     """
 
     tokens_QGT: jax.Array
     logp_QGT: jax.Array
     lengths_QG: jax.Array
     stopped_QG: jax.Array
-    steps: jax.Array
+    slots: jax.Array
 
 
 @struct.dataclass
@@ -116,12 +118,10 @@ def _is_stop(token_QG: jax.Array, stop_ids: tuple[int, ...]) -> jax.Array:
     return stop
 
 
-def _start(params: Params, cfg: ModelConfig, tokens_QS, lengths_Q, G: int, T: int,
-           layout: Layout | None):
-    """Prefill, and the state before the first token."""
-    last_Q, stream_lengths_Q = forward.split_prompt(tokens_QS, lengths_Q)
-    prompt = forward.prefill(params, cfg, tokens_QS, stream_lengths_Q, layout)
-    Q = tokens_QS.shape[0]
+def _start(cfg: ModelConfig, prompt: PromptCache, last_Q, G: int, T: int,
+           layout: Layout | None) -> _State:
+    """The state before the first token."""
+    Q = last_Q.shape[0]
     cache = jnp.zeros(
         (cfg.num_layers, Q, G, T, cfg.num_kv_heads, cfg.head_dim), prompt.k_LQSKH.dtype
     )
@@ -132,12 +132,11 @@ def _start(params: Params, cfg: ModelConfig, tokens_QS, lengths_Q, G: int, T: in
         logp_QGT=jnp.zeros((Q, G, T), jnp.float32),
         lengths_QG=jnp.zeros((Q, G), jnp.int32),
         stopped_QG=jnp.zeros((Q, G), bool),
-        steps=jnp.zeros((), jnp.int32),
+        slots=jnp.zeros((), jnp.int32),
     )
     token_QG = jnp.broadcast_to(last_Q[:, None], (Q, G)).astype(jnp.int32)
-    state = _State(jnp.zeros((), jnp.int32), token_QG, jnp.zeros((Q, G), bool), cache, cache,
-                   rollout)
-    return prompt, state
+    return _State(jnp.zeros((), jnp.int32), token_QG, jnp.zeros((Q, G), bool), cache, cache,
+                  rollout)
 
 
 def _record(rollout: Rollout, t, token_QG, logp_QG, live_QG, stop_QG) -> Rollout:
@@ -150,29 +149,50 @@ def _record(rollout: Rollout, t, token_QG, logp_QG, live_QG, stop_QG) -> Rollout
         logp_QGT=put(rollout.logp_QGT, logp_QG),
         lengths_QG=rollout.lengths_QG + live_QG.astype(jnp.int32),
         stopped_QG=rollout.stopped_QG | (live_QG & stop_QG),
-        steps=rollout.steps + 1,
+        slots=rollout.slots + live_QG.size,
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """The two jitted programs of a rollout, made once; calling it runs one after the other.
+
+    prefill(params, tokens_QS, lengths_Q) -> (PromptCache, last token of each prompt `[Q]`)
+    decode(params, cache, last_Q, index_Q, key) -> Rollout
+    """
+
+    prefill: Callable[..., tuple[PromptCache, jax.Array]]
+    decode: Callable[..., Rollout]
+
+    def __call__(self, params: Params, tokens_QS, lengths_Q, index_Q, key) -> Rollout:
+        """Completions of whole, right-padded prompts.
+
+        `params` are in the dtype to compute in and laid out for rollout; `index_Q` identifies each
+        prompt in the step (it keys the randomness).
+        """
+        cache, last_Q = self.prefill(params, tokens_QS, lengths_Q)
+        return self.decode(params, cache, last_Q, index_Q, key)
+
+
 def make_sampler(cfg: ModelConfig, sampler: SamplerConfig, samples: int,
-                 stop_ids: tuple[int, ...], layout: Layout | None = None) -> Callable[..., Rollout]:
-    """The jitted `sample(params, tokens_QS, lengths_Q, index_Q, key) -> Rollout`.
+                 stop_ids: tuple[int, ...], layout: Layout | None = None) -> Sampler:
+    """The sampler of `samples` (G) completions per prompt.
 
     Args:
       sampler: limits and filters; all static.
-      samples: G, completions per prompt.
       stop_ids: ids that end a row; at least one.
-
-    `params` are in the dtype to compute in and laid out for rollout; `tokens_QS` are whole prompts,
-    right-padded; `index_Q` identifies each prompt in the step (it keys the randomness).
     """
     if not stop_ids:
         raise ValueError("stop_ids is empty: a row could only end by running out of tokens")
     T, filters = sampler.max_new_tokens, sampler.filters
 
-    def sample(params: Params, tokens_QS, lengths_Q, index_Q, key) -> Rollout:
+    def prefill(params: Params, tokens_QS, lengths_Q) -> tuple[PromptCache, jax.Array]:
+        last_Q, stream_lengths_Q = forward.split_prompt(tokens_QS, lengths_Q)
+        return forward.prefill(params, cfg, tokens_QS, stream_lengths_Q, layout), last_Q
+
+    def decode(params: Params, prompt: PromptCache, last_Q, index_Q, key) -> Rollout:
         keys_QG = _row_keys(key, index_Q, samples)
-        prompt, state = _start(params, cfg, tokens_QS, lengths_Q, samples, T, layout)
+        state = _start(cfg, prompt, last_Q, samples, T, layout)
 
         def unfinished(state: _State):
             return (state.t < T) & ~jnp.all(state.done_QG)
@@ -189,4 +209,4 @@ def make_sampler(cfg: ModelConfig, sampler: SamplerConfig, samples: int,
 
         return jax.lax.while_loop(unfinished, step, state).rollout
 
-    return jax.jit(sample)
+    return Sampler(jax.jit(prefill), jax.jit(decode))

@@ -6,11 +6,13 @@ This is the only place where tokens become text on their way to a reward.
 """
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
@@ -23,6 +25,7 @@ from gtalign_jax.reward.rules import response_kind, right_kinds
 from gtalign_jax.reward.scoring import RewardConfig, Scores, score
 from gtalign_jax.rollout.filters import Filters
 from gtalign_jax.rollout.sampler import Rollout
+from gtalign_jax.training.micro import uncut
 
 log = logging.getLogger(__name__)
 
@@ -56,13 +59,27 @@ class Collector:
     reward: RewardConfig
     layout: Layout
     filters: Filters
+    micro_batch_prompts: int = 0  # prompts sampled at a time; 0: all
 
     def roll(self, params: Any, batch: PromptBatch, key: jax.Array) -> Rollout:
         """Sampled completions, on the devices."""
+        Q = len(batch.lengths_Q)
+        pieces = Q // (self.micro_batch_prompts or Q)
         put = lambda x: jax.device_put(x, self.layout.sharding("prompts"))  # noqa: E731
-        return self.sample(
-            params, put(batch.tokens_QS), put(batch.lengths_Q), put(batch.index_Q), key
-        )
+        rollouts = []
+        for i in range(pieces):  # strided, as `cut` does
+            rows = (put(x[i::pieces]) for x in (batch.tokens_QS, batch.lengths_Q, batch.index_Q))
+            rollouts.append(self.sample(params, *rows, key))
+        return rollouts[0] if pieces == 1 else self._join(rollouts)
+
+    @functools.cached_property
+    def _join(self) -> Callable[[list[Rollout]], Rollout]:
+        def join(rollouts: list[Rollout]) -> Rollout:
+            stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *rollouts)
+            slots = stacked.slots.sum()
+            return uncut(stacked.replace(slots=None)).replace(slots=slots)
+
+        return jax.jit(join)
 
     def assess(self, batch: PromptBatch, rollout: Rollout) -> Experience:
         """Text and scores of a rollout that is on the host."""
@@ -120,7 +137,7 @@ def summarise(experience: Experience) -> dict[str, float]:
         "rollout/length_max": float(rollout.lengths_QG.max()),
         "rollout/truncated": mean(~rollout.stopped_QG),
         "rollout/wasted_slots": 1 - float(rollout.lengths_QG.sum())
-        / max(int(rollout.steps) * rollout.lengths_QG.size, 1),
+        / max(int(rollout.slots), 1),
         "rollout/response_words": mean(
             [len((chain.response or "").split()) for chain in scores.chains], parsed
         ),

@@ -18,6 +18,7 @@ This module knows no text and no reward.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +27,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
+from gtalign_jax.model.forward import check_remat
 from gtalign_jax.model.sharding import Layout
 from gtalign_jax.model.spec import ModelConfig, Params
 from gtalign_jax.rollout.filters import UNFILTERED, Filters
@@ -73,10 +75,11 @@ class GRPOConfig(OptimizerConfig):
     truncated_is: float = 0.0  # cap of exp(trainer logp - sampler logp); 0: off
     mask_truncated: bool = False  # keep completions cut at the limit out of the loss
     logit_chunk: int = 128
-    remat: bool = False
+    remat: str = "none"  # what the backward pass computes anew: model.forward.REMAT_POLICIES
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_remat(self.remat)
         for key, allowed in CHOICES.items():
             if getattr(self, key) not in allowed:
                 raise ValueError(
@@ -114,7 +117,10 @@ class GRPOConfig(OptimizerConfig):
 
 @struct.dataclass
 class Batch:
-    """Scored rollouts. `valid_QG`: judged, and not masked; `old_logp_QGT` None: on-policy."""
+    """Scored rollouts. `valid_QG`: judged, and not masked.
+
+    `old_logp_QGT` None: on-policy. `ref_logp_QGT` None: no KL term.
+    """
 
     prompt_QS: jax.Array
     prompt_lengths_Q: jax.Array
@@ -124,6 +130,7 @@ class Batch:
     valid_QG: jax.Array
     sampler_logp_QGT: jax.Array
     old_logp_QGT: jax.Array | None = None
+    ref_logp_QGT: jax.Array | None = None
 
 
 def advantages(reward_QG, valid_QG, *, std: str = "group", epsilon: float = 1e-4) -> jax.Array:
@@ -204,11 +211,11 @@ def policy_loss(logp_QGT, batch: Batch, cfg: GRPOConfig) -> tuple[jax.Array, dic
     return loss, {"ratio": ratio, "clip_fraction": (clipped < plain) * 1.0, "gap": jnp.abs(gap)}
 
 
-def _loss(params: Params, cfg: ModelConfig, grpo: GRPOConfig, filters: Filters, dtype: Any,
-          batch: Batch, weights_QGT, ref_logp_QGT) -> tuple[jax.Array, dict[str, Any]]:
+def _loss(params: Params, batch: Batch, weights_QGT, *, cfg: ModelConfig, grpo: GRPOConfig,
+          **options: Any) -> tuple[jax.Array, dict[str, Any]]:
     logp, entropy = completion_logps(
-        params, cfg, batch.prompt_QS, batch.prompt_lengths_Q, batch.tokens_QGT, filters=filters,
-        logit_chunk=grpo.logit_chunk, dtype=dtype, remat=grpo.remat,
+        params, cfg, batch.prompt_QS, batch.prompt_lengths_Q, batch.tokens_QGT,
+        logit_chunk=grpo.logit_chunk, remat=grpo.remat, **options,
     )
     per_token, seen = policy_loss(logp, batch, grpo)
     live = weights_QGT > 0
@@ -223,8 +230,8 @@ def _loss(params: Params, cfg: ModelConfig, grpo: GRPOConfig, filters: Filters, 
         "grpo/ratio": mean(seen["ratio"]),
         "rollout/logp_gap": mean(seen["gap"]),
     }
-    if ref_logp_QGT is not None:
-        kl = kl_estimate(logp, ref_logp_QGT, grpo.kl, grpo.kl_clamp)
+    if batch.ref_logp_QGT is not None:
+        kl = kl_estimate(logp, batch.ref_logp_QGT, grpo.kl, grpo.kl_clamp)
         means["grpo/kl"] = mean(kl)
         per_token = per_token + grpo.beta * kl
     loss = (jnp.where(live, per_token, 0.0) * weights_QGT).sum()
@@ -232,41 +239,36 @@ def _loss(params: Params, cfg: ModelConfig, grpo: GRPOConfig, filters: Filters, 
     return loss, {"means": means, "maxima": {"rollout/logp_gap_max": gap.max()}}
 
 
-def loss_and_grads(params: Params, ref_params: Params | None, batch: Batch, *, cfg: ModelConfig,
-                   grpo: GRPOConfig, filters: Filters = UNFILTERED, dtype: Any = jnp.float32):
+def loss_and_grads(params: Params, batch: Batch, *, cfg: ModelConfig, grpo: GRPOConfig,
+                   filters: Filters = UNFILTERED, dtype: Any = jnp.float32,
+                   layout: Layout | None = None):
     """(loss, gradients, metrics) of a batch, accumulated over micro-batches of prompts."""
     Q, _, T = batch.tokens_QGT.shape
     weights_QGT = token_weights(batch.lengths_QG, batch.valid_QG, T, grpo.aggregation)
+    loss = functools.partial(
+        _loss, cfg=cfg, grpo=grpo, filters=filters, dtype=dtype, layout=layout
+    )
 
     def one(piece: tuple[Batch, jax.Array]):
-        part, weights = piece
-        ref_logp = None
-        if ref_params is not None:
-            ref_logp, _ = jax.lax.stop_gradient(completion_logps(
-                ref_params, cfg, part.prompt_QS, part.prompt_lengths_Q, part.tokens_QGT,
-                filters=filters, logit_chunk=grpo.logit_chunk, dtype=dtype,
-            ))
-        (loss, seen), grads = jax.value_and_grad(_loss, has_aux=True)(
-            params, cfg, grpo, filters, dtype, part, weights, ref_logp
-        )
-        return (loss, grads, seen["means"]), seen["maxima"]
+        (value, seen), grads = jax.value_and_grad(loss, has_aux=True)(params, *piece)
+        return (value, grads, seen["means"]), seen["maxima"]
 
     pieces = Q // (grpo.micro_batch_prompts or Q)
-    (loss, grads, means), maxima = accumulate(one, (batch, weights_QGT), pieces)
-    return loss, grads, {"means": means, "maxima": maxima}
+    (value, grads, means), maxima = accumulate(one, (batch, weights_QGT), pieces)
+    return value, grads, {"means": means, "maxima": maxima}
 
 
 def make_update(cfg: ModelConfig, grpo: GRPOConfig, optimizer: optax.GradientTransformation, *,
                 layout: Layout, filters: Filters = UNFILTERED, dtype: Any = jnp.float32
                 ) -> Callable:
-    """The jitted `update(state, ref_params, batch) -> (state', metrics)`; `state` is donated.
+    """The jitted `update(state, batch) -> (state', metrics)`; `state` is donated.
 
     Metrics are `{"means": {name: Mean}, "maxima": {name: scalar}}`. The new state lies where the
     old one lay: left to choose, the compiler would move the norms, and compile for that once more.
     """
-    def update(state: TrainState, ref_params: Params | None, batch: Batch):
+    def update(state: TrainState, batch: Batch):
         loss, grads, seen = loss_and_grads(
-            state.params, ref_params, batch, cfg=cfg, grpo=grpo, filters=filters, dtype=dtype
+            state.params, batch, cfg=cfg, grpo=grpo, filters=filters, dtype=dtype, layout=layout
         )
         one = jnp.ones(())
         seen["means"]["grpo/loss"] = Mean(loss, one)
@@ -277,21 +279,25 @@ def make_update(cfg: ModelConfig, grpo: GRPOConfig, optimizer: optax.GradientTra
     return jax.jit(update, donate_argnames=("state",), out_shardings=(shardings, None))
 
 
-def make_logps(cfg: ModelConfig, grpo: GRPOConfig, *, filters: Filters = UNFILTERED,
-               dtype: Any = jnp.float32) -> Callable[..., jax.Array]:
-    """The jitted `logps(params, batch) -> logp_QGT` with the training graph, in micro-batches."""
+def make_logps(cfg: ModelConfig, grpo: GRPOConfig, *, layout: Layout,
+               filters: Filters = UNFILTERED, dtype: Any = jnp.float32
+               ) -> Callable[..., jax.Array]:
+    """The jitted `logps(params, batch) -> logp_QGT` with the training graph, in micro-batches.
+
+    For the old policy, and for the reference.
+    """
     def logps(params: Params, batch: Batch) -> jax.Array:
         def one(part: Batch) -> jax.Array:
             return completion_logps(
                 params, cfg, part.prompt_QS, part.prompt_lengths_Q, part.tokens_QGT,
-                filters=filters, logit_chunk=grpo.logit_chunk, dtype=dtype,
+                filters=filters, logit_chunk=grpo.logit_chunk, dtype=dtype, layout=layout,
             )[0]
 
         Q = batch.tokens_QGT.shape[0]
         pieces = Q // (grpo.micro_batch_prompts or Q)
         return one(batch) if pieces <= 1 else uncut(jax.lax.map(one, cut(batch, pieces)))
 
-    return jax.jit(logps)
+    return jax.jit(logps, out_shardings=layout.sharding("prompts"))
 
 
 def place(batch: Batch, layout: Layout) -> Batch:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from gtalign_jax.model import forward
+from gtalign_jax.model.sharding import Layout
 from gtalign_jax.model.spec import ModelConfig, Params
 from gtalign_jax.rollout import filters as filters_lib
 from gtalign_jax.rollout.filters import UNFILTERED, Filters
@@ -20,7 +21,8 @@ def completion_mask(lengths_QG: jax.Array, T: int) -> jax.Array:
 
 def completion_logps(params: Params, cfg: ModelConfig, prompt_QS, prompt_lengths_Q, tokens_QGT, *,
                      filters: Filters = UNFILTERED, logit_chunk: int = 128, dtype=jnp.float32,
-                     remat: bool = False) -> tuple[jax.Array, jax.Array]:
+                     remat: str = "none",
+                     layout: Layout | None = None) -> tuple[jax.Array, jax.Array]:
     """(log-probability, entropy in nats), float32 `[Q, G, T]`, of every completion position.
 
     Args:
@@ -35,9 +37,20 @@ def completion_logps(params: Params, cfg: ModelConfig, prompt_QS, prompt_lengths
     first_QG1 = jnp.broadcast_to(last_Q[:, None, None], (*tokens_QGT.shape[:2], 1))
     rows_QGT = jnp.concatenate([first_QG1.astype(tokens_QGT.dtype), tokens_QGT[:, :, :-1]], axis=2)
     hidden_QGTD = forward.shared_hidden(
-        params, cfg, prompt_QS, stream_lengths_Q, rows_QGT, remat=remat
+        params, cfg, prompt_QS, stream_lengths_Q, rows_QGT, remat=remat, layout=layout
     )
+    if layout is not None:
+        hidden_QGTD = layout.constrain(hidden_QGTD, "prompts")
+        params = _gather_head(params, layout)
     return _chunked_head(params, cfg, hidden_QGTD, tokens_QGT, filters, logit_chunk)
+
+
+def _gather_head(params: Params, layout: Layout) -> Params:
+    """The head whole along `embed`, once: else every chunk of the time axis would gather it."""
+    whole = lambda w_VD: layout.constrain(w_VD, "vocab", None)  # noqa: E731
+    if params.head_VD is None:
+        return params.replace(embed_VD=whole(params.embed_VD))
+    return params.replace(head_VD=whole(params.head_VD))
 
 
 def _chunked_head(params: Params, cfg: ModelConfig, hidden_QGTD, tokens_QGT, filters: Filters,
@@ -54,7 +67,10 @@ def _chunked_head(params: Params, cfg: ModelConfig, hidden_QGTD, tokens_QGT, fil
         logits_QGCV = forward.logits(params, cfg, hidden_QGCD)
         logits_QGCV = filters_lib.apply(logits_QGCV, filters, keep_ids=tokens_QGC)
         total_QGC = jax.nn.logsumexp(logits_QGCV, axis=-1)
-        picked = jnp.take_along_axis(logits_QGCV, tokens_QGC[..., None], axis=-1)[..., 0]
+        # A masked sum, not a gather: the vocabulary may be cut over devices.
+        ids_V = jnp.arange(logits_QGCV.shape[-1])
+        is_token = ids_V[None, None, None, :] == tokens_QGC[..., None]
+        picked = jnp.where(is_token, logits_QGCV, 0.0).sum(axis=-1)
         p_QGCV = jnp.exp(jax.lax.stop_gradient(logits_QGCV - total_QGC[..., None]))
         # Entropy is reported, not trained: no gradient, so nothing is kept for it.
         entropy_QGC = jax.lax.stop_gradient(total_QGC) - (

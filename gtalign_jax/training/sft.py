@@ -16,6 +16,7 @@ import optax
 from flax import struct
 
 from gtalign_jax.data.batches import epoch_rows, pad_right
+from gtalign_jax.model.forward import check_remat
 from gtalign_jax.model.sharding import Layout
 from gtalign_jax.model.spec import ModelConfig, Params
 from gtalign_jax.training.logp import completion_logps, completion_mask
@@ -39,11 +40,12 @@ class SFTConfig(OptimizerConfig):
     examples: str = "builtin"  # "builtin", or a JSONL file of {"messages", "completion"}
     max_completion_tokens: int = 1024
     logit_chunk: int = 128
-    remat: bool = False
+    remat: str = "none"  # what the backward pass computes anew: model.forward.REMAT_POLICIES
     log_every: int = 20  # steps between lines on the console; the files get every step
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_remat(self.remat)
         if self.log_every < 1:
             raise ValueError(f"sft.log_every={self.log_every}: must be >= 1")
 
@@ -59,7 +61,7 @@ class SFTBatch:
 
 
 def loss_and_grads(params: Params, batch: SFTBatch, *, cfg: ModelConfig, sft: SFTConfig,
-                   dtype: Any = jnp.float32):
+                   dtype: Any = jnp.float32, layout: Layout | None = None):
     """(mean negative log-likelihood in nats per token, gradients), exact under micro-batches."""
     B, T = batch.tokens_BT.shape
     live_BT = completion_mask(batch.lengths_B[:, None], T)[:, 0]
@@ -69,6 +71,7 @@ def loss_and_grads(params: Params, batch: SFTBatch, *, cfg: ModelConfig, sft: SF
         logp_B1T, _ = completion_logps(
             params, cfg, part.prompt_BS, part.prompt_lengths_B, part.tokens_BT[:, None],
             logit_chunk=sft.logit_chunk, dtype=dtype, remat=sft.remat,
+            layout=layout,
         )
         return -(jnp.where(weights > 0, logp_B1T[:, 0], 0.0) * weights).sum()
 
@@ -83,7 +86,8 @@ def make_update(cfg: ModelConfig, sft: SFTConfig, optimizer: optax.GradientTrans
                 layout: Layout, dtype: Any = jnp.float32) -> Callable:
     """The jitted `update(state, batch) -> (state', metrics)`; `state` is donated and stays put."""
     def update(state: TrainState, batch: SFTBatch):
-        loss, grads = loss_and_grads(state.params, batch, cfg=cfg, sft=sft, dtype=dtype)
+        loss, grads = loss_and_grads(state.params, batch, cfg=cfg, sft=sft, dtype=dtype,
+                                     layout=layout)
         one = jnp.ones(())
         means = {
             "sft/loss": Mean(loss, one),

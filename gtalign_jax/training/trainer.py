@@ -156,7 +156,7 @@ def train_grpo(stage: Stage, fresh: Callable[[], TrainState], abstract: TrainSta
     """GRPO on mutual welfare; returns its last state.
 
     Args:
-      reference: the frozen policy of the KL term, None without one.
+      reference: the frozen policy of the KL term in the dtype to compute in; None without one.
       after: called with (steps done, state) at the end of every step; evaluates, for instance.
     """
     state, key, done = stage.resume(fresh, abstract)
@@ -169,6 +169,7 @@ def train_grpo(stage: Stage, fresh: Callable[[], TrainState], abstract: TrainSta
         with timer("rollout"):
             policy = learner.reshard(state.params)
             rollout = collect.roll(policy, prompts, named_key(key, "rollout", step))
+            del policy  # the rollout's copy of the weights: the update needs its place
             on_host = jax.device_get(rollout)
         with timer("reward"):
             experience = collect.assess(prompts, on_host)
@@ -224,7 +225,7 @@ class Learner:
             layout=layout,
             reshard=make_reshard(model, collect.layout, dtype),
             one_update=grpo_lib.make_update(model, cfg, optimizer, layout=layout, **options),
-            logps=grpo_lib.make_logps(model, cfg, **options),
+            logps=grpo_lib.make_logps(model, cfg, layout=layout, **options),
             advantages=jax.jit(
                 lambda reward, valid: grpo_lib.advantages(
                     reward, valid, std=cfg.std, epsilon=cfg.adv_epsilon
@@ -263,6 +264,8 @@ class Learner:
             batch = batch.replace(old_logp_QGT=batch.sampler_logp_QGT)
         elif self.cfg.needs_old_logp:
             batch = batch.replace(old_logp_QGT=self.logps(state.params, batch))
+        if reference is not None:
+            batch = batch.replace(ref_logp_QGT=self.logps(reference, batch))
         pieces = [batch]
         if self.cfg.minibatches > 1:
             n = self.cfg.minibatches
@@ -272,7 +275,7 @@ class Learner:
             ]
         seen = []
         for piece in pieces * self.cfg.epochs:
-            state, metrics = self.one_update(state, reference, piece)
+            state, metrics = self.one_update(state, piece)
             seen.append(metrics)
         return state, host_metrics(seen)
 
