@@ -123,7 +123,7 @@ def parse(text: str) -> Module:
             current = Computation(header[2], {})
             computations[current.name] = current
             entry = current.name if header[1] else entry
-        elif line.startswith("}"):
+        elif line == "}" or line.startswith("} "):  # a kernel's metadata has lines of "}}"
             current = None
         elif current is not None and (instruction := _instruction(line)):
             current.instructions[instruction.name] = instruction
