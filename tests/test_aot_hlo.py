@@ -87,6 +87,7 @@ def test_a_text_written_by_hand_has_the_collectives_counted_by_hand():
     found = [
         (c.kind, c.bytes, c.count, c.group_size, c.in_loop) for c in hlo.collectives(TEXT)
     ]
+    assert [c.kind for c in hlo.collectives(TEXT) if not c.blocking] == ["collective-permute"]
     assert found == [
         ("all-gather", 256, 1, 2, False),  # bf16[16,8] from one other chip
         ("all-to-all", 7 / 8 * 256, 1, 8, False),  # no groups given: all eight
@@ -205,6 +206,7 @@ def test_gradients_are_reduced_within_a_slice_over_ici_and_between_slices_over_d
     found = hlo.collectives(text)
     # Forward and backward pass gather the weights, in chains of fusions too: each counts once.
     assert "chain_id" in text
+    assert {c.blocking for c in found if c.kind == "all-gather"} == {False, True}
     gathered = sum(c.total_bytes() for c in found if c.kind == "all-gather")
     assert gathered == pytest.approx(2 * WEIGHTS * (chips - 1) / chips, rel=0.01)
     # Within a slice the gradients are reduced to shards, or whole and then cut.
@@ -228,7 +230,7 @@ def test_a_loop_of_permutations_around_a_matrix_product_is_counted_as_often_as_i
     text = fsdp("v4-16", 1, 8, gradients=False, D=wide * D, F=16 * F, rows=1024)
     found = hlo.collectives(text)
     assert {c.kind for c in found} == {"collective-permute"}
-    assert not any(c.in_loop for c in found)
+    assert not any(c.in_loop or c.blocking for c in found)
     total = hlo.total_bytes(found, over_dcn=False)
     assert total == WEIGHTS * wide * 16 * 9 / 8
     assert sorted(loop.trips for loop in hlo.while_bodies(text)) == [2, 2, L]

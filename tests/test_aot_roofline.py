@@ -117,11 +117,11 @@ def test_xla_counts_as_many_operations_as_the_formula():
 
 
 def collective(bytes_: float, group: int = 4, count: int = 1, **flags) -> Collective:
-    given = {"in_loop": False, "over_dcn": False} | flags
+    given = {"in_loop": False, "over_dcn": False, "blocking": False} | flags
     return Collective("all-gather", bytes_, "", count, group, **given, name="", op_name="")
 
 
-def test_the_time_is_the_busiest_resources_and_the_loops_collectives_are_added():
+def test_the_time_is_the_busiest_resources_plus_the_collectives_that_all_wait_for():
     topology = describe("v4-8")  # 4 chips of 275 Tflop/s and 1.2 TB/s, reached over 2 links of 50
     work = Work(flops=4 * 275e12, useful_flops=2 * 275e12, hbm_bytes=4 * 0.6e12,
                 weight_bytes=2 * 0.3e12)
@@ -133,6 +133,8 @@ def test_the_time_is_the_busiest_resources_and_the_loops_collectives_are_added()
     assert (bare.compute, bare.hbm, bare.total, bare.bound) == (1.0, 0.5 + 0.25, 1.0, "compute")
     beside = times(collective(20e9, count=10))
     assert (beside.ici, beside.total, beside.bound) == (2.0, 2.0, "ici")
+    waiting = times(collective(20e9), collective(10e9, blocking=True))
+    assert (waiting.ici, waiting.total) == pytest.approx((0.3, 1.1))
     inside = times(collective(1e9, in_loop=True), iterations=30)
     assert inside.ici == pytest.approx(0.3) and inside.total == pytest.approx(1.3)
     across = times(collective(6.25e9 * 3, over_dcn=True), collective(1e9))

@@ -44,8 +44,10 @@ class Collective:
     bytes: arriving at one chip, per execution. shape: what each chip gives, "bf16[1,256,8192]".
     count: executions per run of the program; `in_loop`: per iteration of the loop around it whose
       number of iterations only the data decides (the decode loop).
-    group_size: chips (over DCN: slices) that take part.
-    over_dcn: crosses slices. op_name: the JAX operation it comes from, as far as the text says.
+    group_size: chips (over DCN: slices) that take part. over_dcn: crosses slices.
+    blocking: a chip does nothing else meanwhile. Not so: what has a start and a done, links of a
+      chain, what crosses slices.
+    op_name: the JAX operation it comes from, as far as the text says.
     """
 
     kind: str
@@ -55,6 +57,7 @@ class Collective:
     group_size: int
     in_loop: bool
     over_dcn: bool
+    blocking: bool
     name: str
     op_name: str
 
@@ -83,7 +86,8 @@ class WhileBody:
 
 @dataclasses.dataclass(frozen=True)
 class _Place:
-    """An instruction, where it stands, and how often it runs."""
+    """An instruction, where it stands, how often it runs and whether started to run beside others.
+    """
 
     at: Instruction
     where: Computation
@@ -91,14 +95,16 @@ class _Place:
     in_loop: bool
     outside: State
     depth: int
+    started: bool
 
 
 def _walk(module: Module, name: str, count: int = 1, in_loop: bool = False,
-          outside: State = lambda i: None, depth: int = 0) -> Iterator[_Place]:
+          outside: State = lambda i: None, depth: int = 0, started: bool = False
+          ) -> Iterator[_Place]:
     """Every instruction that runs, those of called computations too. Both sides of a branch."""
     where = module.computations[name]
     for at in where.instructions.values():
-        yield _Place(at, where, count, in_loop, outside, depth)
+        yield _Place(at, where, count, in_loop, outside, depth, started)
         if at.op == "while":
             trips = hlo_text.trips(module, where, at, outside)
             inner = hlo_text.entered_with(module, where, at, outside)
@@ -107,7 +113,8 @@ def _walk(module: Module, name: str, count: int = 1, in_loop: bool = False,
                 yield from _walk(module, at.called(part), times + extra, unknown, inner, depth + 1)
         elif at.op in ("fusion", "call", "async-start"):
             called = at.called("calls") or at.called("to_apply")
-            yield from _walk(module, called, count, in_loop, lambda i: None, depth)
+            yield from _walk(module, called, count, in_loop, lambda i: None, depth,
+                             started or at.op == "async-start")
         elif at.op == "conditional":
             for branch in at.branches():
                 yield from _walk(module, branch, count, in_loop, lambda i: None, depth)
@@ -163,8 +170,10 @@ def _collective(module: Module, place: _Place) -> Collective | None:
     shapes = [place.where.instructions[name].shape for name in given]
     arrive = sum(hlo_text.shape_bytes(shape) for shape in shapes) * KINDS[kind](size)
     shown = ", ".join(re.sub(r"\{[^}]*\}", "", shape) for shape in shapes)
-    return Collective(kind, arrive, shown, place.count, size, place.in_loop, over_dcn, at.name,
-                      at.attribute("op_name") or "")
+    blocking = not (over_dcn or place.started or at.op.endswith("-start")
+                    or at.attribute("chain_id") is not None)
+    return Collective(kind, arrive, shown, place.count, size, place.in_loop, over_dcn, blocking,
+                      at.name, at.attribute("op_name") or "")
 
 
 def _collectives(module: Module, places: Iterator[_Place]) -> list[Collective]:

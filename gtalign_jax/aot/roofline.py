@@ -1,6 +1,8 @@
 """Operations and memory traffic by formula, and the least time in which a topology does them.
 
-    time = max(compute, HBM, ICI, DCN)    each: amount per chip / published peak of the chip
+    time = max(compute, HBM, links that run beside them) + links for which everything waits
+
+each being an amount per chip / the published peak of the chip.
 
 Q prompts of S tokens, G completions of T tokens each; L, D, F, N, K, H, V of the model (padded V).
 `W = L (2 D N H + 2 D K H + 3 D F)` are the weights of the blocks, `V D` those of the head.
@@ -206,10 +208,10 @@ def seconds(work: Work, found: Sequence[Collective], topology: Topology, *, tens
             iterations: int = 1) -> Times:
     """The least time of one run of a program.
 
-    Collectives outside the decode loop are taken to run wholly beside compute and HBM traffic
-    (libtpu makes them asynchronous or winds them around matrix products): the time is that of the
-    busiest resource. Inside a loop of unknown length (`Collective.in_loop`) each waits for the
-    product before it and the next waits for its result, so their time is added.
+    The compiled text says which collectives run beside other work (started and awaited later, in
+    chains of fusions, wound around matrix products): they are taken to do so perfectly. For the
+    others (`Collective.blocking`) the chip waits, and so it does for all of those inside the decode
+    loop, where nothing is left to do meanwhile: their time is added.
 
     Args:
       found: the program's collectives, `hlo.collectives`; amounts are per chip already.
@@ -218,8 +220,8 @@ def seconds(work: Work, found: Sequence[Collective], topology: Topology, *, tens
     """
     compute = work.flops / topology.chips / topology.chip.bf16_flops
     hbm = work.hbm_bytes_per_chip(topology.chips, tensor) / topology.chip.hbm_bandwidth
-    beside = [c for c in found if not c.in_loop]
-    between = [c for c in found if c.in_loop]
+    beside = [c for c in found if not (c.in_loop or c.blocking)]
+    between = [c for c in found if c.in_loop or c.blocking]
     ici, dcn = (
         [_link_seconds([c for c in part if c.over_dcn == over], topology, iterations)
          for part in (beside, between)]
