@@ -131,9 +131,18 @@ class SharedPromptMask(splash_mask.Mask):
         return self._shape
 
     def __getitem__(self, index) -> np.ndarray:
-        """The mask's block of two slices."""
+        """The mask's block of two slices.
+
+        A block that is all of one row's, or apart from the diagonal, is known without its elements:
+        there are thousands of blocks, and the kernel's set-up looks at each of them many times.
+        """
         rows, columns = (np.arange(w)[i] for w, i in zip(self._shape, index, strict=True))
-        q, k = self._row[rows][:, None], self._row[columns][None, :]
+        q, k = self._row[rows], self._row[columns]
+        if columns[0] > rows[-1] or (q[-1] < k[0]) or (k[0] > -1 and k[-1] < q[0]):
+            return np.broadcast_to(False, (len(rows), len(columns)))
+        if columns[-1] <= rows[0] and (k[-1] == -1 or k[0] == k[-1] == q[0] == q[-1]):
+            return np.broadcast_to(True, (len(rows), len(columns)))
+        q, k = q[:, None], k[None, :]
         return (rows[:, None] >= columns[None, :]) & ((q == k) | (k == -1))
 
     def __eq__(self, other: object) -> bool:
@@ -153,9 +162,10 @@ def _kernel(S: int, G: int, T: int, width: int, heads: int, interpret: bool):
         block_kv_dkv=block, block_kv_dkv_compute=block, block_q_dq=block, block_kv_dq=block,
     )
     with jax.ensure_compile_time_eval():
-        return splash.make_splash_mqa_single_device(
+        kernel = splash.make_splash_mqa_single_device(
             mask=mask, block_sizes=sizes, interpret=interpret
         )
+    return jax.tree.map(np.asarray, kernel)  # constants of whatever program, on whatever devices
 
 
 def _flash(q_QWKRH, k_QWKH, v_QWKH, *, S: int, G: int, T: int, lengths_Q,
