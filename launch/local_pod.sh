@@ -62,6 +62,7 @@ alive() { # is one of ours left?
   return 1
 }
 
+# shellcheck disable=SC2317,SC2329  # it is called when this script ends
 signal() {
   local pid
   for pid in ${pids[@]+"${pids[@]}"}; do
@@ -78,6 +79,7 @@ wait_until_gone() { # or until $1 seconds have passed
   return 0
 }
 
+# shellcheck disable=SC2317,SC2329
 finish() { # leave nothing behind, whatever ended this script
   if alive; then
     signal TERM

@@ -37,6 +37,11 @@ say() {
   printf '%s %s: %s\n' "$(date +%T)" "$name" "$*" >&2
 }
 
+give_up() {
+  say "$*"
+  exit 1
+}
+
 quote() { # $1 as one word of a command line, for any shell
   local escaped="'\\''"
   if [[ "$1" =~ ^[A-Za-z0-9_./:=@%+,-]+$ ]]; then
@@ -180,7 +185,7 @@ ensure() { # create, unless it is there; what has been preempted makes room firs
   case "$(state)" in
     NONE) create ;;
     SUSPENDED) delete && create ;;
-    UNKNOWN) fail "cannot find out whether $name exists" ;;
+    UNKNOWN) give_up "cannot find out whether $name exists" ;;
     *) say "is there already" ;;
   esac
 }
@@ -198,10 +203,10 @@ wait_active() { # 0: active; 1: preempted before it was
     case "$now" in
       ACTIVE) return 0 ;;
       SUSPENDED) return 1 ;;
-      NONE) fail "$name does not exist; create it first" ;;
+      NONE) give_up "does not exist; create it first" ;;
       FAILED)
         queued describe "$name" >&2 || true
-        fail "$name could not be created; gcloud's reason stands above. After mending it: delete," \
+        give_up "could not be created; gcloud's reason stands above. After mending it: delete," \
           "then run"
         ;;
     esac
@@ -334,7 +339,7 @@ run() {
     wait_active || continue
     if ! { setup_workers && start; }; then
       tries=$((tries + 1))
-      ((tries <= 5)) || fail "$name: the workers could not be set up; see above"
+      ((tries <= 5)) || give_up "the workers could not be set up; see above"
       say "not all workers are set up; again in $poll s"
       sleep "$poll"
       continue
@@ -347,8 +352,8 @@ run() {
           delete "$name" "${where[@]}" | sed 's/ --quiet//')"
         return
         ;;
-      deleted) fail "$name was deleted meanwhile" ;;
-      wrong) fail "$name: the program refused its arguments; see: tpu.sh logs $name --zone=$zone" ;;
+      deleted) give_up "was deleted meanwhile" ;;
+      wrong) give_up "the program refused its arguments; see: tpu.sh logs $name --zone=$zone" ;;
       preempted)
         say "preempted; asking for the same again"
         [[ "$(state)" == NONE ]] || delete || true
@@ -356,7 +361,7 @@ run() {
       crashed)
         crashes=$((crashes + 1))
         if ((crashes > restarts)); then
-          fail "$name: crashed $crashes times; see: tpu.sh logs $name --zone=$zone"
+          give_up "crashed $crashes times; see: tpu.sh logs $name --zone=$zone"
         fi
         say "crashed; starting it again ($crashes of $restarts)"
         ;;

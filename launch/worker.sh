@@ -23,17 +23,18 @@ say() {
   printf 'gtalign: %s %s\n' "$(uname -n)" "$*"
 }
 
-is_running() {
-  ! flock -n "$base/lock" true
+is_running() { # a shared lock: those who look do not get into each other's way
+  ! flock --shared --nonblock "$base/lock" true
 }
 
 # Cloud TPU's images come with Python 3.10. uv brings a newer one of its own: without root, and
 # without waiting for apt, whose lock a fresh machine holds while it updates itself.
 install_python() {
   export UV_PYTHON_INSTALL_DIR=$base/python
-  python3 -m pip install --quiet --disable-pip-version-check --upgrade --target "$base/uv" "$UV"
-  "$base/uv/bin/uv" python install --quiet "$PYTHON_VERSION"
-  "$base/uv/bin/uv" python find "$PYTHON_VERSION"
+  local uv=$base/uv/bin/uv
+  python3 -m pip install --quiet --disable-pip-version-check --upgrade --target "$base/uv" "$UV" &&
+    "$uv" python install --quiet "$PYTHON_VERSION" &&
+    "$uv" python find --managed-python "$PYTHON_VERSION"
 }
 
 setup_worker() {
@@ -77,9 +78,9 @@ start() {
 }
 
 train() { # in a session of its own; every process that it starts inherits the lock
-  local child code again
+  local code=0
   exec 9>"$base/lock"
-  flock -n 9 || fail "another run holds $base/lock"
+  flock --timeout 10 9 || fail "another run holds $base/lock" # one who looks holds it for an instant
   echo $$ >"$base/pid"
   if [[ -e "$base/env" ]]; then
     # shellcheck disable=SC1091
@@ -87,17 +88,8 @@ train() { # in a session of its own; every process that it starts inherits the l
   fi
   setup requirements-tpu.txt
   printf '\n== %s: revision %s: %s\n' "$(date -u +%FT%TZ)" "$revision" "$*"
-  trap : TERM # the program saves what it has and ends; then its status is still to be written
-  python -m gtalign_jax.main "$@" &
-  child=$!
-  while true; do
-    wait "$child" && code=0 || code=$?
-    kill -0 "$child" 2>/dev/null || break
-  done
-  if ((code > 128)); then # of the signal that ended the waiting, perhaps: ask once more
-    wait "$child" 2>/dev/null && again=0 || again=$?
-    ((again == 127)) || code=$again
-  fi
+  trap : TERM # the program may save and end; the shell waits for it, to write its status down
+  python -m gtalign_jax.main "$@" || code=$?
   echo "$code" >"$base/exit.new"
   mv "$base/exit.new" "$base/exit"
   printf '== %s: ended with status %s\n' "$(date -u +%FT%TZ)" "$code"
