@@ -19,8 +19,8 @@ file of {"messages", "completion"} and a judge that serves at URL:
         --config.sft.decay=cosine --config.sft.warmup_updates=5 \\
         --config.grpo.steps=3 --config.grpo.prompts_per_step=4 --config.grpo.samples_per_prompt=4 \\
         --config.grpo.micro_batch_prompts=2 --config.grpo.learning_rate=1e-4 \\
-        --config.rollout.max_new_tokens=160 --config.evaluate.batch_size=8 \\
-        --config.checkpoint.every=1
+        --config.rollout.max_new_tokens=160 --config.rollout.micro_batch_prompts=0 \\
+        --config.evaluate.batch_size=8 --config.checkpoint.every=1 --config.mesh.tensor=1
 
 The published data have no medium/train.parquet: the test adds `--config.data.train=…` with the
 test prompts of that source in its place.
@@ -123,7 +123,8 @@ SETTINGS = {
     "sft.learning_rate": 1e-2, "sft.decay": "cosine", "sft.warmup_updates": 5,
     "grpo.steps": 3, "grpo.prompts_per_step": 4, "grpo.samples_per_prompt": 4,
     "grpo.micro_batch_prompts": 2, "grpo.learning_rate": 1e-4,
-    "rollout.max_new_tokens": 160, "evaluate.batch_size": 8, "checkpoint.every": 1,
+    "rollout.max_new_tokens": 160, "rollout.micro_batch_prompts": 0,
+    "evaluate.batch_size": 8, "checkpoint.every": 1, "mesh.tensor": 1,
 }  # fmt: skip
 
 

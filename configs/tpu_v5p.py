@@ -1,0 +1,27 @@
+"""The paper's experiment (GTAlign, arXiv 2510.08872) on a Cloud TPU v5p slice.
+
+    export GTALIGN_DATA=gs://BUCKET/data                       # or a local folder; default: data
+    export GTALIGN_JUDGE_URL=http://HOST:8000/v1 GTALIGN_JUDGE_MODEL=NAME
+    python -m gtalign_jax.main --config=configs/tpu_v5p.py:72b,all
+
+The words after the colon, prompts, judge and cold start are as in configs/tpu_v4.py.
+
+Hardware: the slice that each size is laid out for; `tensor` chips share one copy of the rollout's
+weights.
+
+    size   slice    chips   tensor
+    0.5b   v5p-8        4        1
+    3b     v5p-8        4        1
+    7b     v5p-8        4        2
+    32b    v5p-32      16        4
+    72b    v5p-64      32        8
+
+Numbers to expect: not measured yet; this has not run on a TPU.
+"""
+
+from gtalign_jax.paper import experiment
+
+
+def get_config(words=""):
+    """The config of `configs/tpu_v5p.py:WORDS`; raises ValueError for a word that is none."""
+    return experiment("v5p", words)
