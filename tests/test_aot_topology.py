@@ -72,16 +72,30 @@ def test_fewer_than_one_slice_is_refused():
         describe("v4-8", slices=0)
 
 
-def test_without_libtpu_the_error_says_what_to_install():
-    # In a process of its own: libtpu stays loaded once it is, and JAX notes where it lies.
-    environment = {k: v for k, v in os.environ.items() if k != "TPU_LIBRARY_PATH"}
-    code = "import sys; sys.modules['libtpu'] = None\n" \
-        "from gtalign_jax.aot import topology; topology.describe('v4-8')"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT,
+def in_own_process(code: str) -> subprocess.CompletedProcess:
+    """libtpu stays loaded once it is, and JAX notes where it lies: a process that knows neither."""
+    environment = {k: v for k, v in os.environ.items() if "TPU" not in k}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT,
                           env=environment)
-    assert done.returncode == 1
+
+
+DESCRIBE = "from gtalign_jax.aot import topology; print(topology.describe('v4-8').chips)"
+
+
+def test_without_libtpu_the_error_says_what_to_install():
+    done = in_own_process(f"import sys; sys.modules['libtpu'] = None; {DESCRIBE}")
+    assert done.returncode == 1 and done.stdout == ""
     assert "RuntimeError: cannot describe 'v4-8'" in done.stderr
     assert "pip install libtpu" in done.stderr
+
+
+@pytest.mark.slow
+def test_two_processes_compile_at_once_and_libtpu_warns_of_no_missing_machine():
+    # The first holds libtpu until the second has described its topology, too.
+    second = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {DESCRIBE!r}])"
+    done = in_own_process(f"{DESCRIBE}; {second}")
+    assert done.stdout.split() == ["4", "4"]
+    assert "WARNING" not in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(

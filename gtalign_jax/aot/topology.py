@@ -31,6 +31,16 @@ _SHAPES = {
     "v6e": _PLANE_2D,
 }
 _ALIASES = {"v5litepod": "v5e"}
+# libtpu reads these when it is loaded, to find the chips that it is to drive. It would ask a cloud
+# machine's metadata server and wait where there is none, admit one process per machine, and warn
+# of what it has not found; here it only compiles. So a process that has described a topology must
+# not go on to use an attached TPU.
+_COMPILE_ONLY = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_ACCELERATOR_TYPE": "v4-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,11 +123,8 @@ def describe(name: str, slices: int = 1) -> Topology:
     generation, shape = _find(name)
     if slices < 1:
         raise ValueError(f"slices={slices}: must be >= 1")
-    # libtpu reads these when it is loaded. It would ask a cloud machine's metadata server who it
-    # is, wait for minutes where there is none, and admit one process per machine: all of that is
-    # for driving chips, and here it only compiles.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    for variable, value in _COMPILE_ONLY.items():
+        os.environ.setdefault(variable, value)
     from jax.experimental import topologies
 
     bounds = _host_bounds(generation, shape)
