@@ -22,6 +22,7 @@
 #                          passed where they are set. They travel in a file, never on a command line
 #   --restarts=3           how often a crashed run is started again on the same machines
 #   --poll=60              seconds between two looks
+#   --delete-after         delete the machines when the run has ended well
 #   --dry-run              print the commands of a first run, execute none
 #
 # Needs gcloud, logged in. tests/test_launch.py has the whole of it against a stand-in for gcloud.
@@ -29,6 +30,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/machines.sh
 source launch/machines.sh
+# shellcheck source=launch/pack.sh
+source launch/pack.sh
 
 COMMANDS="run create wait setup start watch status logs stop resume delete"
 LOST_AFTER=10 # looks in a row that reach not all workers of an active slice: it is lost
@@ -81,7 +84,7 @@ everywhere() { # one command line, on all workers of all slices at once
 # ---- options
 
 parse() {
-  name="" zone="" project="" type="" slices=1 spot="" runtime="" dry_run="" restarts=3 poll=60
+  name="" zone="" project="" type="" slices=1 spot="" runtime="" dry_run="" delete_after="" restarts=3 poll=60
   node=0 worker=0 extra=() variables=() arguments=() rev=""
   while (($#)); do
     case "$1" in
@@ -91,6 +94,7 @@ parse() {
         printf -v "$(cut -c3- <<<"${1%%=*}")" '%s' "${1#*=}"
         ;;
       --spot) spot=1 ;;
+      --delete-after) delete_after=1 ;;
       --dry-run) dry_run=1 ;;
       --create-flag=*) extra+=("${1#*=}") ;;
       --env=*) variables+=("${1#*=}") ;;
@@ -185,7 +189,7 @@ ensure() { # create, unless it is there; what has been preempted makes room firs
   case "$(state)" in
     NONE) create ;;
     SUSPENDED) delete && create ;;
-    UNKNOWN) give_up "cannot find out whether $name exists" ;;
+    UNKNOWN) return 1 ;;
     *) say "is there already" ;;
   esac
 }
@@ -216,51 +220,23 @@ wait_active() { # 0: active; 1: preempted before it was
 
 # ---- what runs on them
 
-files() { # the source tree as git sees it, uncommitted work included; all files where there is no git
-  if git rev-parse --is-inside-work-tree >/dev/null 2>&1; then
-    git ls-files --cached --others --exclude-standard
-  else
-    find . -type f -not -path './.venv/*' -not -path './runs/*' -not -path '*/__pycache__/*'
-  fi | while IFS= read -r file; do
-    [[ ! -f "$file" ]] || printf '%s\n' "${file#./}"
-  done | LC_ALL=C sort
-}
-
-revision() { # of what the files hold
-  local digest=(sha256sum)
-  command -v sha256sum >/dev/null || digest=(shasum -a 256)
-  files | tr '\n' '\0' | xargs -0 "${digest[@]}" | "${digest[@]}" | cut -c1-12
-}
-
-write_env() { # the variables to pass on, quoted for a shell
-  local variable
-  for variable in $(compgen -e | grep -E '^(GTALIGN_[A-Z0-9_]+|OPENAI_API_KEY|HF_TOKEN)$' |
-    grep -vE '^GTALIGN_(COORDINATOR|PROCESS_)' || true) ${variables[@]+"${variables[@]}"}; do
-    [[ -n "${!variable+set}" ]] || fail "--env=$variable: there is no such variable here"
-    printf 'export %s=%q\n' "$variable" "${!variable}"
-  done
-}
-
-pack() { # once for a `run`: what is edited meanwhile does not slip in after a preemption
-  box=runs/launch/$name rev=$(revision)
-  if [[ -z "$dry_run" ]]; then
-    (umask 077 && mkdir -p "$box") && files >"$box/files" || return 1
-  fi
-  COPYFILE_DISABLE=1 execute tar -czf "$box/gtalign.tar.gz" -T "$box/files"
-}
-
 setup_workers() { # copies and installs; 1 if a worker did not get there
-  local answers
-  [[ -n "$rev" ]] || pack || fail "cannot pack the source tree"
+  local answers copied=1 box=runs/launch/$name
+  if [[ -z "$rev" ]]; then # once: what is edited during a `run` does not slip in after a preemption
+    rev=$(revision)
+    pack "$box" || give_up "cannot pack the source tree"
+  fi
   if [[ -z "$dry_run" ]]; then
-    trap 'rm -f "$box/gtalign-env"' EXIT
-    (umask 077 && write_env >"$box/gtalign-env") || exit 2
+    trap 'rm -f "runs/launch/$name/gtalign-env"' EXIT
+    (umask 077 && write_env ${variables[@]+"${variables[@]}"} >"$box/gtalign-env") || exit 2
     # gcloud refuses several workers while an ssh agent runs that does not have its key.
     if [[ -f ~/.ssh/google_compute_engine ]] && ssh-add -l >/dev/null 2>&1; then
       ssh-add -q ~/.ssh/google_compute_engine || true
     fi
   fi
-  queued scp "$box/gtalign.tar.gz" "$box/gtalign-env" "$name:" --node=all --worker=all || return 1
+  queued scp "$box/gtalign.tar.gz" "$box/gtalign-env" "$name:" --node=all --worker=all || copied=""
+  rm -f "$box/gtalign-env"
+  [[ -n "$copied" ]] || return 1
   answers=$(everywhere "mkdir -p gtalign/source-$rev && tar -xzf gtalign.tar.gz -C gtalign/source-$rev\
  && bash gtalign/source-$rev/launch/worker.sh setup") || { printf '%s\n' "$answers" >&2 && return 1; }
   heard "ready $rev" "$answers"
@@ -332,26 +308,23 @@ ended() { # has it, on all workers? Then outcome is set
   fi
 }
 
+again() { # something did not work: wait, but not for ever
+  tries=$((tries + 1))
+  ((tries <= 5)) || give_up "$1, five times in a row; see above"
+  say "$1; again in $poll s"
+  sleep "$poll"
+}
+
 run() {
   local tries=0 crashes=0
   while true; do
-    ensure
+    ensure || { again "not created" && continue; }
     wait_active || continue
-    if ! { setup_workers && start; }; then
-      tries=$((tries + 1))
-      ((tries <= 5)) || give_up "the workers could not be set up; see above"
-      say "not all workers are set up; again in $poll s"
-      sleep "$poll"
-      continue
-    fi
+    { setup_workers && start; } || { again "not all workers are set up" && continue; }
     tries=0
     watch
     case "$outcome" in
-      done)
-        [[ -n "$dry_run" ]] || say "the run has ended well; the machines cost money until: $(line bash launch/tpu.sh \
-          delete "$name" "${where[@]}" | sed 's/ --quiet//')"
-        return
-        ;;
+      done) break ;;
       deleted) give_up "was deleted meanwhile" ;;
       wrong) give_up "the program refused its arguments; see: tpu.sh logs $name --zone=$zone" ;;
       preempted)
@@ -360,13 +333,18 @@ run() {
         ;;
       crashed)
         crashes=$((crashes + 1))
-        if ((crashes > restarts)); then
+        ((crashes <= restarts)) ||
           give_up "crashed $crashes times; see: tpu.sh logs $name --zone=$zone"
-        fi
         say "crashed; starting it again ($crashes of $restarts)"
         ;;
     esac
   done
+  if [[ -n "$delete_after" ]]; then
+    delete
+  elif [[ -z "$dry_run" ]]; then
+    say "the run has ended well; the machines cost money until: bash launch/tpu.sh delete $name" \
+      "--zone=$zone${project:+ --project=$project}"
+  fi
 }
 
 main() {

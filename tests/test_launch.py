@@ -120,7 +120,7 @@ def test_the_scripts_pass_shellcheck():
 
 
 def test_the_scripts_can_be_executed():
-    sourced = {"setup.sh", "machines.sh"}
+    sourced = {"setup.sh", "machines.sh", "pack.sh"}
     scripts = {script.name for script in (ROOT / "launch").glob("*.sh")} - sourced
     assert {"demo.sh", "test.sh", "tpu.sh", "worker.sh", "gke.sh", "local_pod.sh"} <= scripts
     for script in (*(f"launch/{name}" for name in sorted(scripts)), ".ci/run"):
