@@ -141,7 +141,7 @@ def test_a_run_gives_every_worker_the_same_command_tree_and_variables(cloud):
             printf "%s\\n" "$@" >~/seen
             printf "%s" "$OPENAI_API_KEY" >~/key
             pwd >~/where
-            find {cloud}/project ~/gtalign-env -name gtalign-env >~/left 2>/dev/null
+            find {cloud}/project ~/gtalign-env -name gtalign-env >~/left 2>/dev/null || true
         """,
         "--slices=2", "--env=EXTRA", workers=4, OPENAI_API_KEY=key, EXTRA="more",
         GTALIGN_DATA="gs://bucket/data", GTALIGN_PROCESS_INDEX="3",
