@@ -57,7 +57,7 @@ class Fit:
 
 # Bytes per chip: 12 per weight for the master copy and both moments and 2 for the reference, over
 # all chips; 4 more for gradients in the update; in the rollout 2 per weight over `tensor` chips,
-# and not quite twice the keys and values of the completions in flight, which the compiler pads.
+# and the keys and values of the completions in flight, with room for as much again.
 # v5e has no 72b: over 8 chips, as many as there are k/v heads, the rollout's weights alone are
 # 18 GB of a chip's 16.
 FITS = {
