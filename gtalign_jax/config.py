@@ -25,6 +25,7 @@ from gtalign_jax.evaluation.evaluate import EvaluateConfig
 from gtalign_jax.freeze import ConfigError, check_overrides, freeze, to_dict
 from gtalign_jax.model.load import ModelSource
 from gtalign_jax.model.sharding import BATCH_AXES, MESH_AXES, MeshConfig, mesh_shape
+from gtalign_jax.pod.start import PodConfig
 from gtalign_jax.reward.judges import JudgeConfig
 from gtalign_jax.reward.normalizers import NORMALIZERS
 from gtalign_jax.reward.scoring import RewardConfig
@@ -58,6 +59,7 @@ class Config:
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    pod: PodConfig = PodConfig()
 
     def __post_init__(self) -> None:
         unknown = [stage for stage in self.stages if stage not in STAGES]
@@ -258,8 +260,13 @@ def fingerprint(config: Config, **identity: Any) -> dict[str, Any]:
 
 
 def resolved_json(config: Config) -> str:
-    """The whole config as JSON, secrets redacted; `load_run_config` reads it back."""
-    return json.dumps(redact(to_dict(config)), indent=2) + "\n"
+    """The whole config as JSON, secrets redacted; `load_run_config` reads it back.
+
+    It is the same text in every process of a pod: which of them this one is, is left out.
+    """
+    pod = dataclasses.replace(config.pod, process_index=PodConfig.process_index)
+    whole = to_dict(dataclasses.replace(config, pod=pod))
+    return json.dumps(redact(whole), indent=2) + "\n"
 
 
 def load_run_config(workdir: str | Path) -> Config:

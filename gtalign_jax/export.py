@@ -26,6 +26,8 @@ from gtalign_jax.model import hf, load
 from gtalign_jax.model.safetensors_io import open_tensors
 from gtalign_jax.model.sharding import Layout, param_shardings
 from gtalign_jax.model.spec import ModelConfig, Params, abstract_params, num_params
+from gtalign_jax.pod import exchange
+from gtalign_jax.pod.exchange import is_first
 from gtalign_jax.training.checkpoint import Checkpointer, CheckpointError
 
 TRAINING_STAGES = ("grpo", "sft")  # the last one that has a checkpoint is exported
@@ -58,7 +60,7 @@ def restore_policy(
     stages = [stage] if stage else list(TRAINING_STAGES)
     for name in stages:
         directory = checkpoint_dir(workdir, name)
-        if not Path(directory).is_dir():
+        if not exchange.broadcast(Path(directory).is_dir(), "checkpoint directory"):
             continue
         with contextlib.closing(
             Checkpointer(directory, config.checkpoint, None, read_only=True)
@@ -85,10 +87,13 @@ def write(
 ) -> None:
     """Writes the Hugging Face directory `out` and reads back what transformers will look at.
 
+    On a pod every process calls this, for its part of the weights; process 0 writes.
     Raises ValueError where the result would not load.
     """
     source = load.resolve(config.model.path) if config.model.path else None
     hf.save_pretrained(params, model, out, source_dir=source, tokenizer_dir=tokenizer_dir)
+    if not is_first():
+        return
     _write_generation_config(Path(out) / GENERATION_FILE, load_tokenizer(tokenizer_dir))
     verify(out, model, tokenizer_dir)
 

@@ -1,15 +1,19 @@
 """The command: `python -m gtalign_jax.main --config=configs/demo_cpu.py [--config.key=value …]`.
 
-Flags become a frozen Config; `run.run` does the rest. A mistake of the user's ends in one line that
-names it and exit status 2; a run that diverges or cannot save ends in one line and status 1.
+Flags become a frozen Config, the processes of a pod become one run, and `run.run` does the rest. A
+mistake of the user's ends in one line that names it and exit status 2; a run that diverges, cannot
+save or loses a process ends in one line and status 1. (On a pod the watch ends it: pod/watch.py.)
 """
 
+import hashlib
 import logging
 import sys
 
 from absl import app
 
-from gtalign_jax.config import ConfigError, define_flag, from_flag, parse_flags
+from gtalign_jax.config import ConfigError, define_flag, from_flag, parse_flags, resolved_json
+from gtalign_jax.pod.exchange import PodError, is_first
+from gtalign_jax.pod.start import start
 from gtalign_jax.run import run
 from gtalign_jax.training.checkpoint import CheckpointError
 
@@ -18,13 +22,17 @@ _CONFIG = define_flag()
 
 def main(argv: list[str]) -> None:
     del argv
-    for name in ("absl", "httpx", "httpx2"):  # the judge's client reports each request
+    for name in ("absl", "httpx", "httpx2", "jax"):  # the judge's client reports each request
         logging.getLogger(name).setLevel(logging.WARNING)
     try:
-        run(from_flag(_CONFIG))
+        config = from_flag(_CONFIG)
+        start(config.pod, {"config": hashlib.sha256(resolved_json(config).encode()).hexdigest()})
+        if not is_first():  # what all of them would say, process 0 says
+            logging.getLogger("gtalign_jax").setLevel(logging.ERROR)
+        run(config)
     except (ConfigError, ValueError, TypeError, FileNotFoundError) as error:
         sys.exit(_fail(error, 2))
-    except (CheckpointError, FloatingPointError) as error:
+    except (CheckpointError, FloatingPointError, PodError) as error:
         sys.exit(_fail(error, 1))
 
 

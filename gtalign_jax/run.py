@@ -1,8 +1,9 @@
 """A run: the stages named in the config, in order, each picking up where it was left.
 
-    open_session   config -> devices, tokenizer, prompts, judge, writers: all that can be wrong with
-                   the input is found here, before any compilation
-    run            policy = load; evaluate; policy = sft; evaluate; policy = grpo; evaluate; export
+    session = open_session(config)
+    policy = load; evaluate; policy = sft; evaluate; policy = grpo; evaluate; export
+
+Every process of a pod runs all of this; files are written by process 0.
 """
 
 import contextlib
@@ -16,30 +17,20 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from transformers import PreTrainedTokenizerBase
 
 from gtalign_jax import export
-from gtalign_jax.config import Config, batch_table, check, fingerprint, save_run_info
-from gtalign_jax.data import coldstart
-from gtalign_jax.data.batches import PromptSet
-from gtalign_jax.data.chat import encode_chats, encode_completion, load_tokenizer
-from gtalign_jax.data.chat import stop_ids as find_stop_ids
-from gtalign_jax.data.prompt import Prompt
-from gtalign_jax.data.sources import load_prompts
-from gtalign_jax.data.tokenizer import chain_corpus, train_tokenizer
+from gtalign_jax.config import Config
+from gtalign_jax.data.chat import encode_chats, encode_completion
 from gtalign_jax.evaluation.evaluate import evaluate
 from gtalign_jax.model import load
-from gtalign_jax.model.sharding import ROLLOUT, TRAIN, Layout, check_model_fits, make_mesh
-from gtalign_jax.model.spec import ModelConfig, Params, num_params
-from gtalign_jax.reward.judges import Judge, make_judge
-from gtalign_jax.reward.rules import RULES
-from gtalign_jax.reward.tasks import task_of
-from gtalign_jax.rollout.sampler import SamplerConfig, make_sampler
+from gtalign_jax.model.spec import Params
+from gtalign_jax.pod import exchange
+from gtalign_jax.pod.exchange import is_first
+from gtalign_jax.pod.watch import Watch
+from gtalign_jax.session import Session, examples, open_session
 from gtalign_jax.training import plots
 from gtalign_jax.training.checkpoint import Checkpointer
-from gtalign_jax.training.collect import Collector
-from gtalign_jax.training.metrics import Console, MetricsWriter, RolloutLog, read_rows, step_line
+from gtalign_jax.training.metrics import RolloutLog, read_rows, step_line
 from gtalign_jax.training.sft import ExampleSet
 from gtalign_jax.training.state import (
     OptimizerConfig,
@@ -49,170 +40,9 @@ from gtalign_jax.training.state import (
     make_state,
     named_key,
 )
-from gtalign_jax.training.trainer import Stage, make_reshard, train_grpo, train_sft
+from gtalign_jax.training.trainer import make_reshard, train_grpo, train_sft
 
 log = logging.getLogger(__name__)
-
-TOKENIZER_CORPUS = 2000  # training prompts, with a chain each, that a new tokenizer is learnt from
-SFT_KEYS = ("seed", "model.", "data.", "sft.", "identity")  # what a cold start depends on
-
-
-@dataclasses.dataclass(frozen=True)
-class Session:
-    """What every stage of a run shares."""
-
-    config: Config
-    model: ModelConfig
-    tokenizer: PreTrainedTokenizerBase
-    tokenizer_dir: str
-    stop_ids: tuple[int, ...]
-    train: PromptSet
-    test: PromptSet | None
-    judge: Judge
-    train_layout: Layout
-    rollout_layout: Layout
-    dtype: Any
-    metrics: MetricsWriter
-    console: Console
-    fingerprint: dict[str, Any]
-
-    def checkpoints(self, stage: str, read_only: bool = False) -> Checkpointer:
-        prints = self.fingerprint
-        if stage == "sft":
-            prints = {k: v for k, v in prints.items() if k.startswith(SFT_KEYS)}
-        directory = export.checkpoint_dir(self.config.workdir, stage)
-        return Checkpointer(directory, self.config.checkpoint, prints, read_only=read_only)
-
-    def stage(self, name: str, steps: int, checkpoints: Checkpointer, log_every: int = 1) -> Stage:
-        return Stage(name, steps, self.config.seed, checkpoints, self.config.checkpoint,
-                     self.metrics, self.console, log_every)
-
-    @functools.cached_property
-    def evaluation(self) -> tuple[Collector, Any]:
-        """(collector, reshard) for held-out prompts; made once, so that each compiles once."""
-        cfg = self.config.evaluate
-        sampler = dataclasses.replace(
-            self.config.rollout, temperature=cfg.temperature, top_k=0, top_p=1.0
-        )
-        reshard = make_reshard(self.model, self.rollout_layout, self.dtype)
-        return self.collector(sampler, cfg.samples), reshard
-
-    def collector(self, sampler: SamplerConfig, samples: int,
-                  micro_batch_prompts: int = 0) -> Collector:
-        return Collector(
-            sample=make_sampler(self.model, sampler, samples, self.stop_ids, self.rollout_layout),
-            tokenizer=self.tokenizer,
-            judge=self.judge,
-            reward=self.config.reward,
-            layout=self.rollout_layout,
-            filters=sampler.filters,
-            micro_batch_prompts=micro_batch_prompts,
-        )
-
-
-def open_session(config: Config) -> Session:
-    """Everything before the first step. Raises ValueError and the like with a text for the user."""
-    console = Console()
-    check(config, jax.device_count())
-    if jax.default_backend() != "cpu":  # a CPU's programs are quick to compile, and not portable
-        jax.config.update("jax_compilation_cache_dir", f"{config.workdir}/compiled")
-    mesh = make_mesh(config.mesh)
-    prompts = load_prompts(config.data, "train")
-    held_out = load_prompts(config.data, "test") if "evaluate" in config.stages else []
-    for source in sorted({prompt.data_source for prompt in (*prompts, *held_out)}):
-        task_of(source)
-    tokenizer, tokenizer_dir = _tokenizer(config, prompts)
-    model = load.model_config(config.model, len(tokenizer))
-    check_model_fits(model, mesh)
-    limit = config.data.max_prompt_tokens
-    session = Session(
-        config=config,
-        model=model,
-        tokenizer=tokenizer,
-        tokenizer_dir=tokenizer_dir,
-        stop_ids=find_stop_ids(tokenizer, load.generation_config(config.model)),
-        train=PromptSet(prompts, tokenizer, limit),
-        test=PromptSet(held_out, tokenizer, limit) if held_out else None,
-        judge=make_judge(config.judge, RULES),
-        train_layout=Layout(mesh, TRAIN, config.model.attention),
-        rollout_layout=Layout(mesh, ROLLOUT, config.model.attention),
-        dtype=jnp.dtype(config.model.compute_dtype),
-        metrics=MetricsWriter(config.workdir),
-        console=console,
-        fingerprint=fingerprint(config, identity=_identity(config, model, tokenizer, prompts)),
-    )
-    _claim(session)
-    _greet(session)
-    return session
-
-
-def _claim(session: Session) -> None:
-    """Signs the work directory with this run's config, unless another run's checkpoints lie there.
-
-    Raises CheckpointError. Refused before anything is computed or overwritten.
-    """
-    config = session.config
-    for stage in export.TRAINING_STAGES:
-        if stage in config.stages and Path(export.checkpoint_dir(config.workdir, stage)).is_dir():
-            # Only to read: a writer sweeps up after a killed save in the background, and two such
-            # sweeps, this one and the stage's own, end each other.
-            with contextlib.closing(session.checkpoints(stage, read_only=True)) as checkpoints:
-                checkpoints.check()
-    save_run_info(config.workdir, config)
-
-
-def _greet(session: Session) -> None:
-    """What a run is about to do, in a few lines."""
-    devices = jax.devices()
-    held_out = f", {len(session.test)} held out" if session.test else ""
-    session.console.say(
-        f"{len(devices)} {devices[0].device_kind} device(s), mesh "
-        f"{dict(session.train_layout.mesh.shape)}\n"
-        f"{session.model.family} with {num_params(session.model) / 1e6:.2f}M parameters, "
-        f"vocabulary {session.model.vocab_size:,}\n"
-        f"{len(session.train):,} training prompts{held_out}; "
-        f"{session.train.dropped} too long\n{batch_table(session.config)}\n"
-    )
-
-
-def _tokenizer(config: Config, prompts: list[Prompt]) -> tuple[PreTrainedTokenizerBase, str]:
-    """The model's own tokenizer; for a model that starts from nothing, one trained here, once."""
-    directory = export.find_tokenizer(config, config.workdir)
-    is_own = config.model.tokenizer or config.model.path
-    if not is_own and not (Path(directory) / "tokenizer.json").exists():
-        some = prompts[:TOKENIZER_CORPUS]
-        has_chains = config.data.source == "builtin" or config.sft.examples != "builtin"
-        pairs = _examples(config, some) if has_chains else [(p, p.ground_truth) for p in some]
-        train_tokenizer(
-            chain_corpus(pairs), config.model.vocab_size, directory,
-            # Beside a Qwen2 config transformers cuts words its own way, and JSON keys with them.
-            chain_pieces=config.model.family != "qwen2",
-        )
-    return load_tokenizer(directory), directory
-
-
-def _examples(config: Config, prompts: list[Prompt]) -> list[coldstart.Example]:
-    if config.sft.examples == "builtin":
-        return coldstart.cold_start_examples(prompts, config.seed)
-    return coldstart.load_examples(config.sft.examples)
-
-
-def _identity(config: Config, model: ModelConfig, tokenizer: PreTrainedTokenizerBase,
-              prompts: list[Prompt]) -> dict[str, Any]:
-    """What the config only points at: a changed file under the same name is another run."""
-    digest = lambda data: hashlib.sha256(data).hexdigest()[:16]  # noqa: E731
-    text = lambda x: json.dumps(x, sort_keys=True).encode()  # noqa: E731
-    cold_start = config.sft.examples if "sft" in config.stages else None
-    if cold_start not in ("builtin", None):
-        cold_start = digest(Path(cold_start).read_bytes())
-    return {
-        "cold_start": cold_start,
-        "model": dataclasses.asdict(model),
-        "tokenizer": digest(text([tokenizer.get_vocab(), tokenizer.chat_template])),
-        "prompts": digest(text([
-            [p.id, p.data_source, p.messages, p.question, p.ground_truth] for p in prompts
-        ])),
-    }
 
 
 def load_policy(session: Session) -> Params:
@@ -225,7 +55,7 @@ def load_policy(session: Session) -> Params:
 def _example_set(session: Session) -> ExampleSet:
     """Cold-start pairs as tokens; the completion ends with EOS, and the loss covers that too."""
     config, limit = session.config, session.config.sft.max_completion_tokens
-    pairs = _examples(config, list(session.train.prompts))
+    pairs = examples(config, list(session.train.prompts))
     prompts = encode_chats(session.tokenizer, [prompt.messages for prompt, _ in pairs])
     eos = session.tokenizer.eos_token_id
     if eos is None:
@@ -274,7 +104,7 @@ def run_grpo(session: Session, policy: Params, checkpoints: Checkpointer) -> Tra
             means = evaluate_policy(session, state.params, f"step {step}")
             session.metrics.write("evaluate", step, means)
 
-    with contextlib.closing(RolloutLog(config.workdir)) as rollouts:
+    with contextlib.closing(RolloutLog(config.workdir, enabled=is_first())) as rollouts:
         return train_grpo(
             session.stage("grpo", cfg.steps, checkpoints), fresh, abstract,
             reference, session.train,
@@ -297,8 +127,10 @@ def evaluate_policy(session: Session, params: Params, label: str) -> dict[str, f
     began = time.perf_counter()
     config, (collect, reshard) = session.config, session.evaluation
     key = named_key(jax.random.key(config.seed), "evaluate", 0)
-    results, rows = evaluate(reshard(params), collect, session.test, config.evaluate, key)
-    _save_evaluation(Path(config.workdir) / "evaluations.jsonl", label, rows)
+    with session.watch.phase("evaluate"):
+        results, rows = evaluate(reshard(params), collect, session.test, config.evaluate, key)
+        if is_first():
+            _save_evaluation(Path(config.workdir) / "evaluations.jsonl", label, rows)
     session.console.say(
         f"{label}: {len(rows)} held-out completions in {time.perf_counter() - began:.1f}s | "
         f"{step_line(results)}"
@@ -322,10 +154,12 @@ def run(config: Config) -> dict[str, dict[str, float]]:
     Raises ValueError (ConfigError among them), FileNotFoundError, CheckpointError, and
     FloatingPointError where the training diverges.
     """
-    session = open_session(config)
-    with contextlib.closing(session.metrics):
-        results = _past_results(session)
-        return _finish(session, _train(session, results), results)
+    with Watch(config.pod) as watch:
+        session = open_session(config, watch)
+        with contextlib.closing(session.metrics):
+            past = _past_results(session) if is_first() else None
+            results = exchange.broadcast(past, "past results")
+            return _finish(session, _train(session, results), results)
 
 
 def _past_results(session: Session) -> dict[str, dict[str, float]]:
@@ -353,7 +187,7 @@ def _train(session: Session, results: dict[str, dict[str, float]]) -> Params | N
     def report(label: str, params: Params) -> None:
         if session.test is not None and label not in results:
             results[label] = evaluate_policy(session, params, label)
-            plots.save_results(config.workdir, results)
+            _save_results(session, results)
 
     for name, stage, steps, before, after in (
         ("sft", run_sft, config.sft.steps, plots.BEFORE, plots.COLD_START),
@@ -362,10 +196,11 @@ def _train(session: Session, results: dict[str, dict[str, float]]) -> Params | N
     ):
         if name not in config.stages:
             continue
-        with contextlib.closing(session.checkpoints(name)) as checkpoints:
+        with session.checkpoints(name) as checkpoints:
             if checkpoints.latest() != steps:
                 results.pop(after, None)  # of fewer steps, when a finished run is prolonged
-            if policy is None and not (checkpoints.steps() and name == "sft" and before in results):
+            begun = checkpoints.steps()
+            if policy is None and not (begun and name == "sft" and before in results):
                 policy = load_policy(session)
             if before not in results:
                 report(before, policy)
@@ -387,12 +222,18 @@ def _finish(session: Session, policy: Params | None,
             policy = load_policy(session)
         if session.test is not None:
             results[label] = evaluate_policy(session, policy, label)
-    if "grpo" in config.stages:
+    if "grpo" in config.stages and is_first():
         session.console.say(f"curves: {plots.welfare_curves(config.workdir)}")
     if "export" in config.stages:
         out = f"{config.workdir}/hf"
-        export.write(policy, session.model, config, session.tokenizer_dir, out)
+        with session.watch.phase("export"):
+            export.write(policy, session.model, config, session.tokenizer_dir, out)
         session.console.say(f"exported: {out}")
     if results:
-        session.console.say(plots.save_results(config.workdir, results))
+        session.console.say(_save_results(session, results))
     return results
+
+
+def _save_results(session: Session, results: dict[str, dict[str, float]]) -> str:
+    """Saves what was evaluated so far; returns it as a table. Only process 0 does so."""
+    return plots.save_results(session.config.workdir, results) if is_first() else ""

@@ -43,7 +43,7 @@ def experience(monkeypatch):
         stopped_QG=np.array([[True, True], [False, True]]),
         slots=np.array(12),
     )
-    return collector.assess(types.SimpleNamespace(prompts=tuple(PROMPTS)), rollout)
+    return collector.assess(types.SimpleNamespace(prompts=tuple(PROMPTS)), np.arange(2), rollout)
 
 
 def test_texts_are_the_tokens_up_to_each_length_in_the_order_of_prompts(experience):

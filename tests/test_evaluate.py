@@ -41,9 +41,13 @@ class Collector:
             slots=np.array(len(self.batches)),
         )
 
-    def assess(self, batch, rollout):
+    def fetch(self, rollout):
+        return np.arange(len(rollout.lengths_QG)), rollout
+
+    def assess(self, batch, at_Q, rollout):
+        np.testing.assert_array_equal(at_Q, range(len(batch.prompts)))
         self.assessed.append((batch.prompts, rollout))
-        return rollout
+        return types.SimpleNamespace(at_first=lambda: rollout)
 
 
 @pytest.fixture

@@ -13,11 +13,14 @@ import pytest
 import runs
 
 from gtalign_jax import run as run_lib
+from gtalign_jax import session as session_lib
 from gtalign_jax.export import checkpoint_dir
+from gtalign_jax.model.sharding import TRAIN, Layout, MeshConfig, make_mesh
 from gtalign_jax.reward.factors import NAMES as FACTORS
 from gtalign_jax.reward.judges import Judgement, make_judge
 from gtalign_jax.training import collect, grpo, plots, trainer
 from gtalign_jax.training.checkpoint import CheckpointConfig, Checkpointer
+from gtalign_jax.training.collect import Verdict
 from gtalign_jax.training.grpo import GRPOConfig
 from gtalign_jax.training.metrics import Mean
 from gtalign_jax.training.trainer import Learner
@@ -61,7 +64,7 @@ def whole(tmp_path_factory):
     workdir, batches = tmp_path_factory.mktemp("run"), []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(collect, "decode", runs.fluent)
-        patch.setattr(run_lib, "make_judge", flaky_judge)
+        patch.setattr(session_lib, "make_judge", flaky_judge)
         place = grpo.place
 
         def spy(batch, layout):
@@ -170,7 +173,7 @@ def test_curves_table_and_model_are_left_in_the_work_directory(whole):
 
 
 def test_the_same_command_again_repeats_no_step_and_no_row(whole, monkeypatch):
-    monkeypatch.setattr(run_lib, "make_judge", flaky_judge)
+    monkeypatch.setattr(session_lib, "make_judge", flaky_judge)
     before = [(whole.workdir / name).read_text()
               for name in ("metrics.jsonl", "rollouts.jsonl", "evaluations.jsonl")]
     results = run_lib.run(runs.config(whole.workdir, **EVALUATED))
@@ -189,7 +192,7 @@ def test_an_interrupted_run_ends_with_the_rows_of_an_uninterrupted_one(
 ):
     """Stopped after step 3 was written and before it was saved; the last save is of step 1."""
     monkeypatch.setattr(collect, "decode", runs.fluent)
-    monkeypatch.setattr(run_lib, "make_judge", flaky_judge)
+    monkeypatch.setattr(session_lib, "make_judge", flaky_judge)
     config = runs.config(tmp_path, **EVALUATED)
     save = Checkpointer.save
 
@@ -249,23 +252,24 @@ def test_a_learning_rate_beyond_all_reason_ends_with_a_message(tmp_path):
 
 def learner(**options) -> Learner:
     cfg = GRPOConfig(**options)
-    layout = run_lib.Layout(run_lib.make_mesh(run_lib.Config().mesh), run_lib.TRAIN)
+    layout = Layout(make_mesh(MeshConfig()), TRAIN)
     advantages = functools.partial(grpo.advantages, std=cfg.std, epsilon=cfg.adv_epsilon)
     return Learner(cfg, layout, None, None, None, advantages, None)
 
 
-def experience(reward_B, valid_B, stopped_QG, sources):
+def batch(learner, reward_B, valid_B, stopped_QG, sources):
+    """The batch that `learner` makes of these scores, one prompt of each source per group."""
     Q, G = stopped_QG.shape
     rollout = types.SimpleNamespace(
         tokens_QGT=jnp.zeros((Q, G, 3), jnp.int32), lengths_QG=jnp.full((Q, G), 3),
-        logp_QGT=jnp.zeros((Q, G, 3)), stopped_QG=stopped_QG,
+        logp_QGT=jnp.zeros((Q, G, 3)),
     )
-    scores = types.SimpleNamespace(reward_B=np.array(reward_B), valid_B=np.array(valid_B))
-    batch = types.SimpleNamespace(tokens_QS=np.zeros((Q, 2), np.int32),
-                                  lengths_Q=np.ones(Q, np.int32))
-    prompts = [types.SimpleNamespace(data_source=s) for s in sources]
-    return types.SimpleNamespace(scores=scores, batch=batch, prompts=prompts, rollout=rollout), \
-        rollout
+    prompts = types.SimpleNamespace(
+        tokens_QS=np.zeros((Q, 2), np.int32), lengths_Q=np.ones(Q, np.int32),
+        prompts=[types.SimpleNamespace(data_source=source) for source in sources],
+    )
+    verdict = Verdict(np.array(reward_B), np.array(valid_B), stopped_QG.reshape(-1))
+    return learner.batch(prompts, rollout, verdict, learner.signal(prompts, verdict))
 
 
 REWARDS = [1.0, 0.0] * 8
@@ -275,8 +279,8 @@ STOPPED[0, 1] = False
 
 
 def test_truncated_completions_are_masked_only_where_asked_and_still_count_in_their_group():
-    made = experience(REWARDS, JUDGED, STOPPED, ["a"] * 16)
-    plain, masked = learner().batch(*made), learner(mask_truncated=True).batch(*made)
+    made = (REWARDS, JUDGED, STOPPED, ["a"] * 8)
+    plain, masked = batch(learner(), *made), batch(learner(mask_truncated=True), *made)
     expected = np.array(JUDGED).reshape(8, 2)
     np.testing.assert_array_equal(plain.valid_QG, expected)
     expected[0, 1] = False
@@ -289,10 +293,10 @@ def test_truncated_completions_are_masked_only_where_asked_and_still_count_in_th
 def test_a_normaliser_works_by_source_before_the_groups_are_formed():
     """min-max: rewards of 0 and 10 of one source become 0 and 1, those of the other stay."""
     rewards = [10.0, 0.0] * 4 + [1.0, 0.5] * 2 + [0.0, 0.5] * 2
-    made = experience(rewards, [True] * 16, np.ones((8, 2), bool), ["a"] * 8 + ["b"] * 8)
-    batch = learner(normalizer="minmax", std="none").batch(*made)
+    made = batch(learner(normalizer="minmax", std="none"), rewards, [True] * 16,
+                 np.ones((8, 2), bool), ["a"] * 4 + ["b"] * 4)
     np.testing.assert_allclose(
-        batch.adv_QG, [[0.5, -0.5]] * 4 + [[0.25, -0.25]] * 2 + [[-0.25, 0.25]] * 2, atol=1e-6
+        made.adv_QG, [[0.5, -0.5]] * 4 + [[0.25, -0.25]] * 2 + [[-0.25, 0.25]] * 2, atol=1e-6
     )
 
 
@@ -315,18 +319,18 @@ class State(NamedTuple):
 def test_minibatches_and_epochs_update_on_every_prompt_of_the_step_once_per_epoch():
     seen = []
 
-    def one_update(state, reference, piece):
+    def one_update(state, piece):
         seen.append(np.asarray(piece.adv_QG)[:, 0].tolist())
         metrics = {"means": {"grpo/loss": Mean(jnp.ones(()), jnp.ones(()))}, "maxima": {}}
         return State(state.updates + 1), metrics
 
-    made = experience(REWARDS * 2, [True] * 32, np.ones((16, 2), bool), ["a"] * 32)
     base = learner(minibatches=2, epochs=2, std="none")
     full = dataclasses.replace(
         base, one_update=one_update, logps=lambda params, batch: batch.sampler_logp_QGT
     )
-    batch = base.batch(*made).replace(adv_QG=jnp.tile(jnp.arange(16.0)[:, None], (1, 2)))
-    state, _ = full.update(State(0), None, batch)
+    made = batch(base, REWARDS * 2, [True] * 32, np.ones((16, 2), bool), ["a"] * 16)
+    made = made.replace(adv_QG=jnp.tile(jnp.arange(16.0)[:, None], (1, 2)))
+    state, _ = full.update(State(0), None, made)
     assert state.updates == 4
     assert seen[0] == list(range(0, 16, 2)) and seen[1] == list(range(1, 16, 2))
     assert seen[2:] == seen[:2]

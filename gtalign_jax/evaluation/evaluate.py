@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from gtalign_jax.data.batches import PromptSet
+from gtalign_jax.pod import exchange
 from gtalign_jax.training.collect import Collector, log_rows, summarise
 
 
@@ -36,7 +37,7 @@ class EvaluateConfig:
 
 def evaluate(params: Any, collect: Collector, prompts: PromptSet, cfg: EvaluateConfig,
              key: jax.Array) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """(means over the held-out prompts, one row per completion).
+    """(means over the held-out prompts, one row per completion); the rows in process 0 alone.
 
     Args:
       params: laid out for rollout, in the dtype to compute in.
@@ -45,14 +46,18 @@ def evaluate(params: Any, collect: Collector, prompts: PromptSet, cfg: EvaluateC
     count = min(cfg.prompts or len(prompts), len(prompts))
     # Evenly spread: held-out files follow each other, and each of them must be heard.
     wanted = [i * len(prompts) // count for i in range(count)]
-    parts = []
+    places, parts = [], []
     for start in range(0, count, cfg.batch_size):
         chosen = wanted[start : start + cfg.batch_size]
         real = len(chosen)
         chosen = chosen + chosen[:1] * (cfg.batch_size - real)
-        rollout = jax.device_get(collect.roll(params, prompts.take(chosen), key))
-        parts.append(jax.tree.map(lambda x, n=real: x[:n] if x.ndim else x[None], rollout))
+        at_Q, own = collect.fetch(collect.roll(params, prompts.take(chosen), key))
+        is_real = at_Q < real
+        places.append(start + at_Q[is_real])
+        parts.append(jax.tree.map(lambda x, i=is_real: x[i] if x.ndim else x[None], own))
     rollout = jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
     rollout = rollout.replace(slots=rollout.slots.sum())
-    experience = collect.assess(prompts.take(wanted), rollout)
-    return summarise(experience), log_rows(experience)
+    experience = collect.assess(prompts.take(wanted), np.concatenate(places), rollout)
+    whole = experience.at_first()
+    means = None if whole is None else summarise(whole)
+    return exchange.broadcast(means, "evaluation"), [] if whole is None else log_rows(whole)

@@ -7,6 +7,8 @@ another run is refused with the list of what differs. Arrays come back bit for b
 sharding and device count the caller's abstract state asks for.
 
 This module does not know what the state means: any pytree of arrays will do, PRNG keys included.
+On a pod every process makes the same calls, and writes and reads its part of the arrays in a
+directory that all of them see.
 """
 
 import dataclasses
@@ -18,6 +20,8 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+
+from gtalign_jax.pod import exchange
 
 _STATE, _RUN = "state", "run"  # the two items of a checkpoint directory
 
@@ -93,7 +97,7 @@ class Checkpointer:
         if self._read_only:
             raise CheckpointError(f"saving step {step}: {self.directory} was opened to read only")
         self.wait()
-        if step in self._manager.all_steps():
+        if step in self.steps():
             return
         run = {"fingerprint": self._fingerprint, "extra": dict(extra or {})}
         args = ocp.args.Composite(
@@ -117,11 +121,11 @@ class Checkpointer:
 
     def latest(self) -> int | None:
         """The newest complete step, or None."""
-        return self._manager.latest_step()
+        return max(self.steps(), default=None)
 
     def steps(self) -> list[int]:
-        """All complete steps, oldest first."""
-        return sorted(self._manager.all_steps())
+        """All complete steps, oldest first: those that process 0 sees. A collective."""
+        return exchange.broadcast(sorted(self._manager.all_steps()), "checkpoint steps")
 
     def check(self) -> None:
         """Raises CheckpointError where the newest checkpoint belongs to another run."""
@@ -139,9 +143,11 @@ class Checkpointer:
         or the saved tree has other shapes.
         """
         step = self.latest() if step is None else step
-        if step is None or step not in self._manager.all_steps():
-            have = self.steps() or "none"
-            raise FileNotFoundError(f"no checkpoint of step {step} in {self.directory}: {have}")
+        have = self.steps()
+        if step is None or step not in have:
+            raise FileNotFoundError(
+                f"no checkpoint of step {step} in {self.directory}: {have or 'none'}"
+            )
         run = self._run_of(step)
         wanted = jax.tree.map(_on_disk, abstract_state)
         self._check_shapes(step, wanted, partial)

@@ -2,7 +2,8 @@
 
     prompts_QS -> Rollout -> texts -> Scores
 
-This is the only place where tokens become text on their way to a reward.
+This is the only place where tokens become text on their way to a reward. Each process reads and
+scores the completions of its own prompts (pod/share.py), so that every completion is judged once.
 """
 
 import dataclasses
@@ -14,12 +15,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 from transformers import PreTrainedTokenizerBase
 
 from gtalign_jax.data.batches import PromptBatch
 from gtalign_jax.data.chat import decode
 from gtalign_jax.data.prompt import Prompt
 from gtalign_jax.model.sharding import Layout
+from gtalign_jax.pod import share
 from gtalign_jax.reward.judges import Judge
 from gtalign_jax.reward.rules import response_kind, right_kinds
 from gtalign_jax.reward.scoring import RewardConfig, Scores, score
@@ -32,21 +35,46 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Experience:
-    """Scored completions of Q prompts × G samples, on the host; rows are prompt-major.
+    """Scored completions, on the host: this process's own, or after `at_first` all of them.
 
-    `right_B`: the response is of a kind that its prompt calls for (`rules.right_kinds`).
+    Attributes:
+      rows_B: place of each completion in the whole batch, which is prompt-major.
+      samples: G. slots: row positions that the sampler computed for the whole batch.
+      lengths_B, stopped_B: as in Rollout. logp_B: log-probability of the whole completion.
+      right_B: the response is of a kind that its prompt calls for (`rules.right_kinds`).
     """
 
-    batch: PromptBatch
-    rollout: Rollout
+    rows_B: np.ndarray
+    samples: int
+    slots: int
     prompts: tuple[Prompt, ...]
     texts: tuple[str, ...]
+    lengths_B: np.ndarray
+    stopped_B: np.ndarray
+    logp_B: np.ndarray
     scores: Scores
     right_B: tuple[bool, ...]
 
-    @property
-    def samples(self) -> int:
-        return self.rollout.tokens_QGT.shape[1]
+    def at_first(self) -> "Experience | None":
+        """That of all processes as one, in process 0, for logs; None elsewhere. A collective."""
+        whole = share.at_first(self, self.rows_B, "experience")
+        if whole is not None:
+            _mention_missing(whole.scores)
+        return whole
+
+    def verdict(self) -> "Verdict":
+        """What every process needs of the whole batch's scores. A collective."""
+        own = Verdict(self.scores.reward_B, self.scores.valid_B, self.stopped_B)
+        return share.everywhere(own, self.rows_B, "verdict")
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """Rewards of a whole batch of completions; where `valid_B` is False they mean nothing."""
+
+    reward_B: np.ndarray
+    valid_B: np.ndarray
+    stopped_B: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,16 +89,22 @@ class Collector:
     filters: Filters
     micro_batch_prompts: int = 0  # prompts sampled at a time; 0: all
 
+    @property
+    def sharding(self) -> NamedSharding:
+        """Where the rows of a rollout lie."""
+        return self.layout.sharding("prompts")
+
     def roll(self, params: Any, batch: PromptBatch, key: jax.Array) -> Rollout:
-        """Sampled completions, on the devices."""
+        """Sampled completions, on the devices, cut by prompt."""
         Q = len(batch.lengths_Q)
         pieces = Q // (self.micro_batch_prompts or Q)
-        put = lambda x: jax.device_put(x, self.layout.sharding("prompts"))  # noqa: E731
         rollouts = []
         for i in range(pieces):  # strided, as `cut` does
-            rows = (put(x[i::pieces]) for x in (batch.tokens_QS, batch.lengths_Q, batch.index_Q))
-            rollouts.append(self.sample(params, *rows, key))
-        return rollouts[0] if pieces == 1 else self._join(rollouts)
+            rows = (x[i::pieces] for x in (batch.tokens_QS, batch.lengths_Q, batch.index_Q))
+            rollouts.append(self.sample(params, *share.place(tuple(rows), self.sharding), key))
+        whole = rollouts[0] if pieces == 1 else self._join(rollouts)
+        rows = share.place(whole.replace(slots=None), self.sharding)
+        return rows.replace(slots=whole.slots)
 
     @functools.cached_property
     def _join(self) -> Callable[[list[Rollout]], Rollout]:
@@ -81,10 +115,14 @@ class Collector:
 
         return jax.jit(join)
 
-    def assess(self, batch: PromptBatch, rollout: Rollout) -> Experience:
-        """Text and scores of a rollout that is on the host."""
+    def fetch(self, rollout: Rollout) -> tuple[np.ndarray, Rollout]:
+        """(which prompts of the batch are this process's own, their completions on the host)."""
+        return share.fetch(rollout, self.sharding)
+
+    def assess(self, batch: PromptBatch, at_Q: np.ndarray, rollout: Rollout) -> Experience:
+        """Text and scores of completions on the host, of the prompts number `at_Q` of the batch."""
         G = rollout.tokens_QGT.shape[1]
-        prompts = tuple(prompt for prompt in batch.prompts for _ in range(G))
+        prompts = tuple(batch.prompts[q] for q in at_Q for _ in range(G))
         texts = tuple(
             decode(self.tokenizer, ids[:length])
             for ids, length in zip(
@@ -93,12 +131,22 @@ class Collector:
             )
         )
         scores = score(prompts, texts, self.judge, self.reward)
-        _mention_missing(scores)
         right = tuple(
             chain.response is not None and response_kind(chain.response) in right_kinds(prompt)
             for prompt, chain in zip(prompts, scores.chains, strict=True)
         )
-        return Experience(batch, rollout, prompts, texts, scores, right)
+        return Experience(
+            rows_B=(at_Q[:, None] * G + np.arange(G)[None]).reshape(-1),
+            samples=G,
+            slots=int(rollout.slots),
+            prompts=prompts,
+            texts=texts,
+            lengths_B=rollout.lengths_QG.reshape(-1),
+            stopped_B=rollout.stopped_QG.reshape(-1),
+            logp_B=rollout.logp_QGT.sum(axis=2).reshape(-1),
+            scores=scores,
+            right_B=right,
+        )
 
 
 def _mention_missing(scores: Scores) -> None:
@@ -124,7 +172,7 @@ def summarise(experience: Experience) -> dict[str, float]:
     Welfare by source is `source/<name>`. A judge's failures are counted in `reward/missing`, and
     appear in no other mean.
     """
-    scores, rollout = experience.scores, experience.rollout
+    scores, lengths_B = experience.scores, experience.lengths_B
     valid = scores.valid_B
     parsed = valid & scores.parsed_B
     out = {
@@ -133,11 +181,10 @@ def summarise(experience: Experience) -> dict[str, float]:
         "welfare/llm": mean(scores.llm_welfare_B, valid),
         "reward/missing": mean(~valid),
         "reward/parsed": mean(scores.parsed_B, valid),
-        "rollout/length": mean(rollout.lengths_QG),
-        "rollout/length_max": float(rollout.lengths_QG.max()),
-        "rollout/truncated": mean(~rollout.stopped_QG),
-        "rollout/wasted_slots": 1 - float(rollout.lengths_QG.sum())
-        / max(int(rollout.slots), 1),
+        "rollout/length": mean(lengths_B),
+        "rollout/length_max": float(lengths_B.max()),
+        "rollout/truncated": mean(~experience.stopped_B),
+        "rollout/wasted_slots": 1 - float(lengths_B.sum()) / max(experience.slots, 1),
         "rollout/response_words": mean(
             [len((chain.response or "").split()) for chain in scores.chains], parsed
         ),
@@ -158,22 +205,20 @@ def summarise(experience: Experience) -> dict[str, float]:
 def log_rows(experience: Experience) -> list[Mapping[str, Any]]:
     """One row per completion for the rollout log (R32)."""
     scores, rows = experience.scores, []
-    rollout = experience.rollout
     for b, (prompt, text) in enumerate(zip(experience.prompts, experience.texts, strict=True)):
-        q, g = divmod(b, experience.samples)
         judgement, chain = scores.judgements[b], scores.chains[b]
         consistency = scores.consistency_judgements[b]
         rows.append({
             "id": prompt.id,
             "data_source": prompt.data_source,
-            "sample": g,
+            "sample": b % experience.samples,
             "prompt": [dict(message) for message in prompt.messages],
             "question": prompt.question,
             "ground_truth": prompt.ground_truth,
             "completion": text,
-            "tokens": int(rollout.lengths_QG[q, g]),
-            "stopped": bool(rollout.stopped_QG[q, g]),
-            "logp": float(rollout.logp_QGT[q, g].sum()),
+            "tokens": int(experience.lengths_B[b]),
+            "stopped": bool(experience.stopped_B[b]),
+            "logp": float(experience.logp_B[b]),
             "valid": bool(scores.valid_B[b]),
             "reward": float(scores.reward_B[b]),
             "user_welfare": float(scores.user_welfare_B[b]),

@@ -30,6 +30,7 @@ from flax import struct
 from gtalign_jax.model.forward import check_remat
 from gtalign_jax.model.sharding import Layout
 from gtalign_jax.model.spec import ModelConfig, Params
+from gtalign_jax.pod import share
 from gtalign_jax.rollout.filters import UNFILTERED, Filters
 from gtalign_jax.training.logp import completion_logps, completion_mask
 from gtalign_jax.training.metrics import Mean
@@ -301,5 +302,5 @@ def make_logps(cfg: ModelConfig, grpo: GRPOConfig, *, layout: Layout,
 
 
 def place(batch: Batch, layout: Layout) -> Batch:
-    """Moves a batch to the devices, cut by prompt."""
-    return jax.tree.map(lambda x: jax.device_put(x, layout.sharding("prompts")), batch)
+    """Moves a batch to the devices, cut by prompt; each process sends its own devices' part."""
+    return share.place(batch, layout.sharding("prompts"))

@@ -8,7 +8,7 @@
 
 The two logs can be cut back to a step, so that a resumed run leaves no row twice. A kill in the
 middle of a write leaves at most half a line, which is dropped when the file is opened again.
-Files are local and written by one process: on a pod, create the writers on process 0 only.
+Files are written by one process: on a pod, the others' writers have `enabled=False` and do nothing.
 """
 
 import contextlib
@@ -38,6 +38,8 @@ from rich.progress import (
 from rich.text import Text
 from tensorboardX import SummaryWriter
 
+from gtalign_jax.pod.watch import Watch
+
 METRICS_FILE = "metrics.jsonl"
 ROLLOUTS_FILE = "rollouts.jsonl"
 
@@ -58,17 +60,22 @@ class Mean:
 
 
 class PhaseTimer:
-    """Seconds by phase: `with timer("sample"): …`. A phase entered twice adds up."""
+    """Seconds by phase: `with timer("sample", step): …`. A phase entered twice adds up.
 
-    def __init__(self) -> None:
+    The watch, if there is one, learns which phase this process is in.
+    """
+
+    def __init__(self, watch: Watch | None = None) -> None:
+        self._watch = watch
         self._seconds: dict[str, float] = {}
         self._began = time.perf_counter()
 
     @contextlib.contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
+    def __call__(self, phase: str, step: int | None = None) -> Iterator[None]:
         began = time.perf_counter()
         try:
-            yield
+            with self._watch.phase(phase, step) if self._watch else contextlib.nullcontext():
+                yield
         finally:
             spent = time.perf_counter() - began
             self._seconds[phase] = self._seconds.get(phase, 0.0) + spent
@@ -119,13 +126,15 @@ class JsonLines:
 class MetricsWriter:
     """Scalars of a run: `metrics.jsonl`, and TensorBoard files under `tensorboard/<stage>`."""
 
-    def __init__(self, workdir: str | Path) -> None:
+    def __init__(self, workdir: str | Path, enabled: bool = True) -> None:
         self._workdir = Path(workdir)
-        self._lines = JsonLines(self._workdir / METRICS_FILE)
+        self._lines = JsonLines(self._workdir / METRICS_FILE) if enabled else None
         self._boards: dict[str, SummaryWriter] = {}
 
     def write(self, stage: str, step: int, metrics: Mapping[str, Any]) -> None:
         """One row of scalars. One that is not finite is null in JSON, absent in TensorBoard."""
+        if self._lines is None:
+            return
         values = {name: float(value) for name, value in metrics.items()}
         self._lines.append([{"stage": stage, "step": step, **values}])
         board = self._board(stage, None)
@@ -135,11 +144,14 @@ class MetricsWriter:
 
     def truncate(self, stage: str, step: int) -> None:
         """Forget what was written about `stage` after `step`: call it when a run resumes there."""
+        if self._lines is None:
+            return
         self._lines.truncate(stage, step)
         self._board(stage, step + 1)
 
     def close(self) -> None:
-        self._lines.close()
+        if self._lines is not None:
+            self._lines.close()
         for board in self._boards.values():
             board.close()
 
@@ -153,20 +165,23 @@ class MetricsWriter:
 class RolloutLog:
     """Every completion of a run: prompt, text, factors, payoff matrix, the judge's reply."""
 
-    def __init__(self, workdir: str | Path, stage: str = "grpo") -> None:
+    def __init__(self, workdir: str | Path, stage: str = "grpo", enabled: bool = True) -> None:
         self._stage = stage
-        self._lines = JsonLines(Path(workdir) / ROLLOUTS_FILE)
+        self._lines = JsonLines(Path(workdir) / ROLLOUTS_FILE) if enabled else None
 
     def write(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """One JSON line per completion; arrays become lists, non-finite numbers null."""
-        self._lines.append([{"stage": self._stage, "step": step, **row} for row in rows])
+        if self._lines is not None:
+            self._lines.append([{"stage": self._stage, "step": step, **row} for row in rows])
 
     def truncate(self, step: int) -> None:
         """Drop the rows of steps after `step`."""
-        self._lines.truncate(self._stage, step)
+        if self._lines is not None:
+            self._lines.truncate(self._stage, step)
 
     def close(self) -> None:
-        self._lines.close()
+        if self._lines is not None:
+            self._lines.close()
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
@@ -227,8 +242,8 @@ class Console:
     and the time left instead.
     """
 
-    def __init__(self, file: TextIO | None = None) -> None:
-        self._rich = RichConsole(file=file, highlight=False, soft_wrap=True)
+    def __init__(self, file: TextIO | None = None, enabled: bool = True) -> None:
+        self._rich = RichConsole(file=file, highlight=False, soft_wrap=True, quiet=not enabled)
         self._bar: Progress | None = None
         self._task: Any = None
         self._stage, self._total, self._done = "", 0, 0
@@ -244,7 +259,7 @@ class Console:
         """The steps of one stage, `done` of `total` of them before (a resumed run)."""
         self._stage, self._total, self._done = name, total, done
         self._seconds, self._last = [], time.perf_counter()
-        if self._rich.is_terminal:
+        if self._rich.is_terminal and not self._rich.quiet:
             self._bar = Progress(
                 TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
                 TimeElapsedColumn(), _TimeLeft(self), console=self._rich, transient=True,

@@ -3,9 +3,12 @@
     grpo:  batch = data.batch(step)
            rollout = sample(policy, batch)              on device
            experience = assess(batch, rollout)          text -> welfare, on the host
-           batch = advantages(experience)
+           batch = advantages(rewards of all)
            state = update(state, reference, batch)      one jitted, donated step
     sft:   state = update(state, examples.batch(step))
+
+Every process of a pod runs the same loop. Each assesses the completions that it owns; rewards go to
+all of them, and what is logged to process 0, whose writers are the only ones that write.
 
 Data and randomness are functions of (key, step), so a stage that was killed repeats from its last
 checkpoint exactly.
@@ -19,18 +22,19 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from gtalign_jax.data.batches import PromptSet
+from gtalign_jax.data.batches import PromptBatch, PromptSet
 from gtalign_jax.model.sharding import Layout, param_shardings
 from gtalign_jax.model.spec import ModelConfig, Params
+from gtalign_jax.pod import share
+from gtalign_jax.pod.watch import Watch
 from gtalign_jax.reward.normalizers import normalize
 from gtalign_jax.rollout.sampler import Rollout
 from gtalign_jax.training import grpo as grpo_lib
 from gtalign_jax.training import sft as sft_lib
 from gtalign_jax.training.checkpoint import CheckpointConfig, Checkpointer
-from gtalign_jax.training.collect import Collector, Experience, log_rows, summarise
+from gtalign_jax.training.collect import Collector, Experience, Verdict, log_rows, summarise
 from gtalign_jax.training.compiles import compilations
 from gtalign_jax.training.grpo import Batch, GRPOConfig
 from gtalign_jax.training.metrics import Console, Mean, MetricsWriter, PhaseTimer, RolloutLog
@@ -53,18 +57,19 @@ class Stage:
     checkpoint: CheckpointConfig
     metrics: MetricsWriter
     console: Console
+    watch: Watch
     log_every: int = 1  # steps between lines on the console; the files get every step
 
     def resume(self, fresh: Callable[[], TrainState],
                abstract: TrainState) -> tuple[TrainState, jax.Array, int]:
         """(state, root key, steps already done); `fresh` is called only without a checkpoint."""
-        key = jax.random.key(self.seed)
+        # On every device: on one of several it could not meet the weights in a jitted function.
+        everywhere = abstract.updates.sharding
+        key = jax.jit(lambda: jax.random.key(self.seed), out_shardings=everywhere)()
         done = self.checkpoints.latest()
         if done is None:
             self.metrics.truncate(self.name, 0)
             return fresh(), key, 0
-        # On every device: on one of several it could not meet the weights in a jitted function.
-        everywhere = abstract.updates.sharding
         wanted = {
             "state": abstract,
             "key": jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=everywhere),
@@ -89,10 +94,12 @@ class Stage:
                     self.console.step(step + 1, metrics)
                 _check_finite(self.name, step + 1, metrics)
                 if (step + 1) % self.checkpoint.every == 0 or step + 1 == self.steps:
-                    self.checkpoints.save(step + 1, {"state": state, "key": key})
+                    with self.watch.phase("save", step + 1):
+                        self.checkpoints.save(step + 1, {"state": state, "key": key})
                 if after is not None:
                     after(step + 1, state)
-        self.checkpoints.wait()
+        with self.watch.phase("save", self.steps):
+            self.checkpoints.wait()
         return state
 
 
@@ -132,12 +139,12 @@ def train_sft(stage: Stage, fresh: Callable[[], TrainState], abstract: TrainStat
     update = sft_lib.make_update(
         model, cfg, make_optimizer(cfg, cfg.steps), layout=layout, dtype=dtype
     )
-    timer = PhaseTimer()
+    timer = PhaseTimer(stage.watch)
 
     def step_fn(state: TrainState, step: int) -> tuple[TrainState, dict[str, float]]:
-        with timer("update"):
+        with timer("update", step + 1):
             batch = examples.batch(step, batch_size=cfg.batch_size, seed=stage.seed)
-            batch = jax.device_put(batch, layout.sharding("prompts"))
+            batch = share.place(batch, layout.sharding("prompts"))
             state, seen = update(state, batch)
             metrics = host_metrics([seen])
         metrics["sft/learning_rate"] = float(rate(step))
@@ -162,36 +169,50 @@ def train_grpo(stage: Stage, fresh: Callable[[], TrainState], abstract: TrainSta
     state, key, done = stage.resume(fresh, abstract)
     rollouts.truncate(done)
     learner = Learner.make(model, cfg, collect, layout, dtype, stage.steps)
-    timer = PhaseTimer()
+    timer = PhaseTimer(stage.watch)
 
     def step_fn(state: TrainState, step: int) -> tuple[TrainState, dict[str, float]]:
         prompts = data.batch(step, batch_size=cfg.prompts_per_step, seed=stage.seed)
-        with timer("rollout"):
+        with timer("rollout", step + 1):
             policy = learner.reshard(state.params)
             rollout = collect.roll(policy, prompts, named_key(key, "rollout", step))
             del policy  # the rollout's copy of the weights: the update needs its place
-            on_host = jax.device_get(rollout)
-        with timer("reward"):
-            experience = collect.assess(prompts, on_host)
-        with timer("update"):
-            batch = learner.batch(experience, rollout)
+            own = collect.fetch(rollout)
+        with timer("reward", step + 1):
+            experience = collect.assess(prompts, *own)
+            verdict = experience.verdict()
+        with timer("update", step + 1):
+            adv_QG = learner.signal(prompts, verdict)
+            batch = learner.batch(prompts, rollout, verdict, adv_QG)
             state, metrics = learner.update(state, reference, batch)
-        with timer("log"):
-            rollouts.write(step + 1, log_rows(experience))
-            metrics |= summarise(experience) | learner.facts(batch, step)
-            _mention_truncation(metrics["rollout/truncated"], rollout.tokens_QGT.shape[2])
+        with timer("log", step + 1):
+            metrics |= learner.facts(adv_QG, step)
+            metrics |= _log(experience, rollouts, step + 1, rollout.tokens_QGT.shape[2])
         spent = timer.take()
-        metrics["perf/tokens_per_s"] = float(on_host.lengths_QG.sum()) / spent["time/rollout"]
+        if "rollout/length" in metrics:
+            tokens = metrics["rollout/length"] * adv_QG.size
+            metrics["perf/tokens_per_s"] = tokens / spent["time/rollout"]
         return state, metrics | spent
 
     return stage.run(state, key, done, step_fn, after)
 
 
-def _mention_truncation(share: float, limit: int) -> None:
+def _log(experience: Experience, rollouts: RolloutLog, step: int, limit: int) -> dict[str, float]:
+    """Writes and sums up what all processes have collected: in process 0, and {} elsewhere."""
+    whole = experience.at_first()
+    if whole is None:
+        return {}
+    rollouts.write(step, log_rows(whole))
+    metrics = summarise(whole)
+    _mention_truncation(metrics["rollout/truncated"], limit)
+    return metrics
+
+
+def _mention_truncation(part: float, limit: int) -> None:
     """Said once for each tenth of the completions, not at every step (R28)."""
-    if share > 0.1:
+    if part > 0.1:
         _warn_once(
-            f"more than {math.floor(10 * share) * 10} % of the completions were cut at "
+            f"more than {math.floor(10 * part) * 10} % of the completions were cut at "
             f"rollout.max_new_tokens={limit}: they have no response to score; raise the limit, or "
             "keep them out of the loss with grpo.mask_truncated=True"
         )
@@ -234,28 +255,41 @@ class Learner:
             rate=schedule(cfg, total),
         )
 
-    def batch(self, experience: Experience, rollout: Rollout) -> Batch:
+    def signal(self, prompts: PromptBatch, verdict: Verdict) -> np.ndarray:
+        """Advantages `[Q, G]` of the whole batch, on the host.
+
+        A few numbers: every process computes all of them, from the same rewards.
+        """
+        shape = (len(prompts.prompts), -1)
+        G = len(verdict.reward_B) // shape[0]
+        sources = [prompt.data_source for prompt in prompts.prompts for _ in range(G)]
+        reward_B = normalize(self.cfg.normalizer, verdict.reward_B, sources, verdict.valid_B)
+        reward_QG = reward_B.reshape(shape).astype(np.float32)
+        return np.asarray(self.advantages(reward_QG, verdict.valid_B.reshape(shape)))
+
+    def batch(self, prompts: PromptBatch, rollout: Rollout, verdict: Verdict,
+              adv_QG: np.ndarray) -> Batch:
         """Advantages beside the tokens they are about, on the devices, cut by prompt."""
-        scores, shape = experience.scores, rollout.lengths_QG.shape
-        valid_B = scores.valid_B
-        sources = [prompt.data_source for prompt in experience.prompts]
-        reward_B = normalize(self.cfg.normalizer, scores.reward_B, sources, valid_B)
-        judged_QG = valid_B.reshape(shape)
-        adv_QG = self.advantages(
-            jnp.asarray(reward_B.reshape(shape), jnp.float32), jnp.asarray(judged_QG)
-        )
-        valid_QG = judged_QG
+        valid_B = verdict.valid_B
         if self.cfg.mask_truncated:
-            valid_QG = judged_QG & experience.rollout.stopped_QG
+            valid_B = valid_B & verdict.stopped_B
         return grpo_lib.place(Batch(
-            prompt_QS=experience.batch.tokens_QS,
-            prompt_lengths_Q=experience.batch.lengths_Q,
+            prompt_QS=prompts.tokens_QS,
+            prompt_lengths_Q=prompts.lengths_Q,
             tokens_QGT=rollout.tokens_QGT,
             lengths_QG=rollout.lengths_QG,
             adv_QG=adv_QG,
-            valid_QG=valid_QG,
+            valid_QG=valid_B.reshape(adv_QG.shape),
             sampler_logp_QGT=rollout.logp_QGT,
         ), self.layout)
+
+    @functools.cached_property
+    def _cut(self) -> Callable[[Batch], list[Batch]]:
+        n = self.cfg.minibatches
+        pieces = lambda batch: [  # noqa: E731
+            jax.tree.map(lambda x, i=i: x[i::n], batch) for i in range(n)
+        ]
+        return jax.jit(pieces, out_shardings=self.layout.sharding("prompts"))
 
     def update(self, state: TrainState, reference: Params | None,
                batch: Batch) -> tuple[TrainState, dict[str, float]]:
@@ -266,22 +300,15 @@ class Learner:
             batch = batch.replace(old_logp_QGT=self.logps(state.params, batch))
         if reference is not None:
             batch = batch.replace(ref_logp_QGT=self.logps(reference, batch))
-        pieces = [batch]
-        if self.cfg.minibatches > 1:
-            n = self.cfg.minibatches
-            pieces = [
-                grpo_lib.place(jax.tree.map(lambda x, i=i: x[i::n], batch), self.layout)
-                for i in range(n)
-            ]
+        pieces = [batch] if self.cfg.minibatches == 1 else self._cut(batch)
         seen = []
         for piece in pieces * self.cfg.epochs:
             state, metrics = self.one_update(state, piece)
             seen.append(metrics)
         return state, host_metrics(seen)
 
-    def facts(self, batch: Batch, step: int) -> dict[str, float]:
+    def facts(self, adv_QG: np.ndarray, step: int) -> dict[str, float]:
         """What is known about a step's batch without the model."""
-        adv_QG = np.asarray(batch.adv_QG)
         return {
             "grpo/learning_rate": float(self.rate((step + 1) * self.cfg.updates_per_step - 1)),
             "grpo/adv_abs": float(np.abs(adv_QG).mean()),

@@ -1,0 +1,232 @@
+"""What all stages of a run share, and everything that can be wrong before the first step.
+
+    open_session   config -> devices, tokenizer, prompts, judge, writers: mistakes in the input are
+                   found here, before any compilation
+
+On a pod every process opens a session of its own. What is read from the work directory is decided
+by process 0, which alone writes there (checkpoints aside); what must agree between processes is
+compared.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from transformers import PreTrainedTokenizerBase
+
+from gtalign_jax import export
+from gtalign_jax.config import Config, batch_table, check, fingerprint, save_run_info
+from gtalign_jax.data import coldstart
+from gtalign_jax.data.batches import PromptSet
+from gtalign_jax.data.chat import load_tokenizer
+from gtalign_jax.data.chat import stop_ids as find_stop_ids
+from gtalign_jax.data.prompt import Prompt
+from gtalign_jax.data.sources import load_prompts
+from gtalign_jax.data.tokenizer import chain_corpus, train_tokenizer
+from gtalign_jax.model import load
+from gtalign_jax.model.sharding import ROLLOUT, TRAIN, Layout, check_model_fits, make_mesh
+from gtalign_jax.model.spec import ModelConfig, num_params
+from gtalign_jax.pod import exchange, share
+from gtalign_jax.pod.exchange import is_first
+from gtalign_jax.pod.start import check_same
+from gtalign_jax.pod.watch import Watch
+from gtalign_jax.reward.judges import Judge, make_judge
+from gtalign_jax.reward.rules import RULES
+from gtalign_jax.reward.tasks import task_of
+from gtalign_jax.rollout.sampler import SamplerConfig, make_sampler
+from gtalign_jax.training.checkpoint import Checkpointer
+from gtalign_jax.training.collect import Collector
+from gtalign_jax.training.metrics import Console, MetricsWriter
+from gtalign_jax.training.trainer import Stage, make_reshard
+
+TOKENIZER_CORPUS = 2000  # training prompts, with a chain each, that a new tokenizer is learnt from
+SFT_KEYS = ("seed", "model.", "data.", "sft.", "identity")  # what a cold start depends on
+
+
+@dataclasses.dataclass(frozen=True)
+class Session:
+    """What every stage of a run shares."""
+
+    config: Config
+    model: ModelConfig
+    tokenizer: PreTrainedTokenizerBase
+    tokenizer_dir: str
+    stop_ids: tuple[int, ...]
+    train: PromptSet
+    test: PromptSet | None
+    judge: Judge
+    train_layout: Layout
+    rollout_layout: Layout
+    dtype: Any
+    metrics: MetricsWriter
+    console: Console
+    watch: Watch
+    fingerprint: dict[str, Any]
+
+    @contextlib.contextmanager
+    def checkpoints(self, stage: str, read_only: bool = False) -> Iterator[Checkpointer]:
+        """The checkpoints of a stage; on leaving, the save in flight is finished."""
+        prints = self.fingerprint
+        if stage == "sft":
+            prints = {k: v for k, v in prints.items() if k.startswith(SFT_KEYS)}
+        directory = export.checkpoint_dir(self.config.workdir, stage)
+        opened = Checkpointer(directory, self.config.checkpoint, prints, read_only=read_only)
+        try:
+            yield opened
+        except BaseException:
+            # Among several, closing waits for peers that may not come; the watch ends them all.
+            if exchange.process_count() == 1:
+                opened.close()
+            raise
+        opened.close()
+
+    def stage(self, name: str, steps: int, checkpoints: Checkpointer, log_every: int = 1) -> Stage:
+        return Stage(name, steps, self.config.seed, checkpoints, self.config.checkpoint,
+                     self.metrics, self.console, self.watch, log_every)
+
+    @functools.cached_property
+    def evaluation(self) -> tuple[Collector, Any]:
+        """(collector, reshard) for held-out prompts; made once, so that each compiles once."""
+        cfg = self.config.evaluate
+        sampler = dataclasses.replace(
+            self.config.rollout, temperature=cfg.temperature, top_k=0, top_p=1.0
+        )
+        reshard = make_reshard(self.model, self.rollout_layout, self.dtype)
+        return self.collector(sampler, cfg.samples), reshard
+
+    def collector(self, sampler: SamplerConfig, samples: int,
+                  micro_batch_prompts: int = 0) -> Collector:
+        return Collector(
+            sample=make_sampler(self.model, sampler, samples, self.stop_ids, self.rollout_layout),
+            tokenizer=self.tokenizer,
+            judge=self.judge,
+            reward=self.config.reward,
+            layout=self.rollout_layout,
+            filters=sampler.filters,
+            micro_batch_prompts=micro_batch_prompts,
+        )
+
+
+def open_session(config: Config, watch: Watch) -> Session:
+    """Everything before the first step. Raises ValueError and the like with a text for the user."""
+    check(config, jax.device_count())
+    share.check_shared(config.workdir)
+    if jax.default_backend() != "cpu":  # a CPU's programs are quick to compile, and not portable
+        jax.config.update("jax_compilation_cache_dir", f"{config.workdir}/compiled")
+    mesh = make_mesh(config.mesh)
+    prompts = load_prompts(config.data, "train")
+    held_out = load_prompts(config.data, "test") if "evaluate" in config.stages else []
+    for source in sorted({prompt.data_source for prompt in (*prompts, *held_out)}):
+        task_of(source)
+    tokenizer, tokenizer_dir = _tokenizer(config, prompts)
+    model = load.model_config(config.model, len(tokenizer))
+    check_model_fits(model, mesh)
+    limit = config.data.max_prompt_tokens
+    session = Session(
+        config=config,
+        model=model,
+        tokenizer=tokenizer,
+        tokenizer_dir=tokenizer_dir,
+        stop_ids=find_stop_ids(tokenizer, load.generation_config(config.model)),
+        train=PromptSet(prompts, tokenizer, limit),
+        test=PromptSet(held_out, tokenizer, limit) if held_out else None,
+        judge=make_judge(config.judge, RULES),
+        train_layout=Layout(mesh, TRAIN, config.model.attention),
+        rollout_layout=Layout(mesh, ROLLOUT, config.model.attention),
+        dtype=jnp.dtype(config.model.compute_dtype),
+        metrics=MetricsWriter(config.workdir, enabled=is_first()),
+        console=Console(enabled=is_first()),
+        watch=watch,
+        fingerprint=fingerprint(config, identity=_identity(config, model, tokenizer, prompts)),
+    )
+    _claim(session)
+    _greet(session)
+    return session
+
+
+def _claim(session: Session) -> None:
+    """Signs the work directory with this run's config, unless another run's checkpoints lie there.
+
+    Raises CheckpointError. Refused before anything is computed or overwritten.
+    """
+    config = session.config
+    identity = session.fingerprint["identity"]
+    check_same("what the run is made of", {
+        name: value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+        for name, value in identity.items()
+    })
+    begun = [
+        stage for stage in export.TRAINING_STAGES
+        if stage in config.stages and Path(export.checkpoint_dir(config.workdir, stage)).is_dir()
+    ]
+    for stage in exchange.broadcast(begun, "stages begun"):
+        # Only to read: a writer sweeps up after a killed save in the background, and two such
+        # sweeps, this one and the stage's own, end each other.
+        with session.checkpoints(stage, read_only=True) as checkpoints:
+            checkpoints.check()
+    if is_first():
+        save_run_info(config.workdir, config)
+
+
+def _greet(session: Session) -> None:
+    """What a run is about to do, in a few lines."""
+    devices = jax.devices()
+    held_out = f", {len(session.test)} held out" if session.test else ""
+    several = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    session.console.say(
+        f"{len(devices)} {devices[0].device_kind} device(s){several}, mesh "
+        f"{dict(session.train_layout.mesh.shape)}\n"
+        f"{session.model.family} with {num_params(session.model) / 1e6:.2f}M parameters, "
+        f"vocabulary {session.model.vocab_size:,}\n"
+        f"{len(session.train):,} training prompts{held_out}; "
+        f"{session.train.dropped} too long\n{batch_table(session.config)}\n"
+    )
+
+
+def _tokenizer(config: Config, prompts: list[Prompt]) -> tuple[PreTrainedTokenizerBase, str]:
+    """The model's own tokenizer; for a model that starts from nothing, one trained here, once."""
+    directory = export.find_tokenizer(config, config.workdir)
+    is_own = config.model.tokenizer or config.model.path
+    if is_first() and not is_own and not (Path(directory) / "tokenizer.json").exists():
+        some = prompts[:TOKENIZER_CORPUS]
+        has_chains = config.data.source == "builtin" or config.sft.examples != "builtin"
+        pairs = examples(config, some) if has_chains else [(p, p.ground_truth) for p in some]
+        train_tokenizer(
+            chain_corpus(pairs), config.model.vocab_size, directory,
+            # Beside a Qwen2 config transformers cuts words its own way, and JSON keys with them.
+            chain_pieces=config.model.family != "qwen2",
+        )
+    exchange.broadcast(None, "tokenizer")  # it is there now
+    return load_tokenizer(directory), directory
+
+
+def examples(config: Config, prompts: list[Prompt]) -> list[coldstart.Example]:
+    """Cold-start pairs for `prompts`, or those of the file that the config names."""
+    if config.sft.examples == "builtin":
+        return coldstart.cold_start_examples(prompts, config.seed)
+    return coldstart.load_examples(config.sft.examples)
+
+
+def _identity(config: Config, model: ModelConfig, tokenizer: PreTrainedTokenizerBase,
+              prompts: list[Prompt]) -> dict[str, Any]:
+    """What the config only points at: a changed file under the same name is another run."""
+    digest = lambda data: hashlib.sha256(data).hexdigest()[:16]  # noqa: E731
+    text = lambda x: json.dumps(x, sort_keys=True).encode()  # noqa: E731
+    cold_start = config.sft.examples if "sft" in config.stages else None
+    if cold_start not in ("builtin", None):
+        cold_start = digest(Path(cold_start).read_bytes())
+    return {
+        "cold_start": cold_start,
+        "model": dataclasses.asdict(model),
+        "tokenizer": digest(text([tokenizer.get_vocab(), tokenizer.chat_template])),
+        "prompts": digest(text([
+            [p.id, p.data_source, p.messages, p.question, p.ground_truth] for p in prompts
+        ])),
+    }
