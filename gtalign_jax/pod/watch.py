@@ -32,7 +32,7 @@ from typing import Any, NoReturn
 import jax
 
 from gtalign_jax.pod import ending
-from gtalign_jax.pod.exchange import PodError, is_first, process_count, process_index, store
+from gtalign_jax.pod.exchange import is_first, process_count, process_index, store
 from gtalign_jax.pod.start import PodConfig
 
 _TICK_S = 0.2  # how often deadlines are looked at; needs no network
@@ -78,6 +78,7 @@ class Watch:
         self._raised: tuple[BaseException, _Phase] | None = None
         self._leaving = threading.Event()  # this process has nothing more to do
         self._over = threading.Event()  # nobody has
+        self._wake = threading.Event()  # the next beat is due: a phase began or ended
         self._ending = threading.Lock()  # taken by the thread that ends this process
         self._answered = time.monotonic()  # when process 0 last answered
         self._enter(self._new_phase("start of the run", None))
@@ -129,10 +130,14 @@ class Watch:
                 self._fail_by(failed)
             self._enter(self._new_phase("end of the run", None))
             self._leaving.set()
+            self._wake.set()
             self._over.wait()
             if is_first():
                 self._show()  # followers leave when they read this
         self._over.set()
+        self._wake.set()
+        for thread in self._threads:  # none may be in a request while JAX takes its client down
+            thread.join(timeout=self._cfg.heartbeat_s)
         faulthandler.cancel_dump_traceback_later()
 
     def _new_phase(self, name: str, step: int | None) -> _Phase:
@@ -140,6 +145,7 @@ class Watch:
 
     def _enter(self, phase: _Phase) -> None:
         self._phase = phase
+        self._wake.set()
         # Our own deadline thread needs the interpreter's lock; this one works even where native
         # code never gives it back.
         faulthandler.dump_traceback_later(
@@ -159,7 +165,10 @@ class Watch:
                     "so the others have given it up"
                 )
             elif now - phase.began > phase.limit_s:
-                self._fail(f"{self._me} passed the deadline of {phase.limit_s:g} s in {phase}")
+                self._fail(
+                    f"{self._me} passed the deadline of {phase.limit_s:g} s in {phase}"
+                    + self._elsewhere(str(phase))
+                )
             elif process_count() > 1 and now - self._answered > self._cfg.silence_s:
                 self._end(
                     f"process 0 has not answered {self._me} for {now - self._answered:.1f} s: it "
@@ -184,7 +193,8 @@ class Watch:
             self._answered = time.monotonic()
             # At the end nobody should wait for a whole heartbeat to be allowed to leave.
             pause = _TICK_S if self._leaving.is_set() else self._cfg.heartbeat_s
-            self._leaving.wait(max(0, began + pause - time.monotonic())) or self._over.wait(_TICK_S)
+            self._wake.wait(max(0.0, began + pause - time.monotonic()))
+            self._wake.clear()
 
     def _show(self) -> None:
         done = self._over.is_set() if is_first() else self._leaving.is_set()
@@ -233,13 +243,13 @@ class Watch:
         phase = self._raised[1] if known else self._phase
         lines = str(error).strip().splitlines() or [""]
         cause = f"{self._me} failed in {phase}: {type(error).__name__}: {lines[0]}"
-        if isinstance(error, jax.errors.JaxRuntimeError | PodError):
-            cause += self._suspects()
+        cause += self._suspects()
         status = error.code if isinstance(error, SystemExit) else ending.EXIT_FAILED
         self._fail(cause, status if isinstance(status, int) else ending.EXIT_FAILED)
 
     def _suspects(self) -> str:
-        """Who has fallen silent: a peer's death shows here first as a broken collective.
+        """Who has fallen silent. A peer's death shows here first as an error of a collective, of
+        whatever type the backend likes, and must not be taken for a failure of this process.
 
         It takes two heartbeats. If the peer has published a failure of its own, the beats of this
         process end it meanwhile with that cause, which is the better one.
@@ -252,6 +262,14 @@ class Watch:
         ]
         return f"; no more signs of life from {', '.join(silent)}" if silent else ""
 
+    def _elsewhere(self, phase: str) -> str:
+        """Who is in another phase than `phase`: who waits for a peer is not the one to blame."""
+        if process_count() == 1:
+            return ""
+        beats = [json.loads(text) for text in self._all_beats().values()]
+        apart = [beat for beat in beats if beat["phase"] != phase]
+        return "".join(f"; {beat['name']} is in {beat['phase']}" for beat in apart[:8])
+
     def _all_beats(self) -> dict[str, str]:
         beats: dict[str, str] = {}
         self._ask(lambda: beats.update(store().key_value_dir_get(self._beats)))
@@ -261,7 +279,11 @@ class Watch:
     def _fail(self, cause: str, status: int = ending.EXIT) -> NoReturn:
         """Tells everybody the cause, then ends this process."""
         if process_count() > 1:
-            self._ask(lambda: store().key_value_set(self._failure, cause))
+            self._ask(lambda: store().key_value_set(self._failure, cause))  # the first one stays
+            common: dict[str, str] = {}
+            self._ask(lambda: common.update(store().key_value_dir_get(self._common)))
+            first = common.get(self._failure, cause)
+            cause = cause if first == cause else f"{first}\nthen {cause}"
         self._end(cause, status)
 
     def _end(self, cause: str, status: int = ending.EXIT) -> NoReturn:
