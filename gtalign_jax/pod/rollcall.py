@@ -77,8 +77,8 @@ def names(entries: Sequence[Mapping[str, Any]]) -> str:
 def _call(host: str, port: int, mine: Mapping[str, Any], start_s: float) -> None:
     deadline = time.monotonic() + start_s
     arrived: dict[int, tuple[Mapping[str, Any], socket.socket | None]] = {0: (mine, None)}
-    with _listen(host, port) as server:
-        try:
+    try:
+        with _listen(host, port) as server:
             while len(arrived) < mine["count"]:
                 server.settimeout(max(deadline - time.monotonic(), 0.001))
                 try:
@@ -87,10 +87,11 @@ def _call(host: str, port: int, mine: Mapping[str, Any], start_s: float) -> None
                     raise PodError(_missing(arrived, mine["count"], start_s)) from None
                 _greet(connection, arrived, mine["count"])
             _check(arrived)
-        except PodError as error:
-            _reply(arrived, {"error": str(error)})
-            raise
-        _reply(arrived, {"go": True})
+    except PodError as error:
+        _reply(arrived, {"error": str(error)})
+        raise
+    # The port is free again before anybody is told to go on: the runtime serves it from here.
+    _reply(arrived, {"go": True})
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -124,8 +125,11 @@ def _greet(connection: socket.socket, arrived: dict, count: int) -> None:
         connection.close()
         return
     index, before = entry["index"], arrived.get(entry["index"])
+    # Who died while waiting may come again.
     twice = before is not None and (before[1] is None or not _gone(before[1]))
     if not twice:
+        if before is not None:
+            before[1].close()
         arrived[index] = (entry, connection)
     problem = None
     if entry["count"] != count:

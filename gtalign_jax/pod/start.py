@@ -224,6 +224,8 @@ def _initialize(place: Place, cfg: PodConfig) -> None:
     address = f"{host}:{place.port}"
     # Without it a CPU client knows no collectives between processes; other backends ignore it.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # This service would catch SIGTERM, and a process that was told to end would go on silently.
+    jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
         address,
         place.count,
