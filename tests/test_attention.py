@@ -1,4 +1,4 @@
-"""Flash attention (the kernel, interpreted) against dense attention, and its mask against a loop."""
+"""Flash attention (the kernel, interpreted) against dense; its mask against a loop."""
 
 import functools
 
@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 import tiny
+
 from gtalign_jax.model import attention
 from gtalign_jax.model.sharding import TRAIN, Layout, MeshConfig, make_mesh
 from gtalign_jax.training.logp import completion_logps
@@ -33,7 +33,10 @@ def loop_mask(S: int, G: int, T: int, width: int) -> np.ndarray:
     return mask
 
 
-@pytest.mark.parametrize("S, G, T, width", [(5, 3, 4, 20), (8, 2, 8, 24), (7, 0, 0, 9), (1, 1, 3, 4)])
+STRUCTURES = [(5, 3, 4, 20), (8, 2, 8, 24), (7, 0, 0, 9), (1, 1, 3, 4)]
+
+
+@pytest.mark.parametrize("S, G, T, width", STRUCTURES)
 def test_the_mask_is_that_of_a_prompt_shared_by_rows_in_blocks_of_any_size(S, G, T, width):
     expected = loop_mask(S, G, T, width)
     mask = attention.SharedPromptMask(S, G, T, width)

@@ -40,7 +40,7 @@ def test_cached_decode_equals_the_full_forward_token_by_token():
     step = jax.jit(forward.decode_step, static_argnums=1)
     for t in range(T):
         hidden, k, v = step(params, tiny.CFG, cache, k, v, token_QG, t)
-        logits_QGV = forward.logits(params, tiny.CFG, hidden)
+        logits_QGV = forward.logits(forward.head_of(params), tiny.CFG, hidden)
         for q in range(Q):
             expected = plain_logits(params, prompts_QS, lengths_Q, tokens_QGT, q, 1)[t]
             np.testing.assert_allclose(logits_QGV[q, 1, :50], expected[:50], atol=1e-5)

@@ -35,7 +35,7 @@ def whole(**options):
 def plain(params, row_BS, width_B):
     """(logits, hidden states) of whole rows."""
     hidden = forward.full_hidden(params, tiny.CFG, row_BS, width_B)
-    return forward.logits(params, tiny.CFG, hidden), hidden
+    return forward.logits(forward.head_of(params), tiny.CFG, hidden), hidden
 
 
 def plain_rows(params, b: SFTBatch):

@@ -192,8 +192,8 @@ def _flash(q_QWKRH, k_QWKH, v_QWKH, *, S: int, G: int, T: int, lengths_Q,
         return jnp.transpose(out_QKRWH, (0, 3, 1, 2, 4))
 
     spec = layout.rules.spec
-    q_spec = spec("prompts", None, "kv_heads", None, None)
-    kv_spec = spec("prompts", None, "kv_heads", None)
+    q_spec = spec("prompts", None, "act_heads", None, None)
+    kv_spec = spec("prompts", None, "act_heads", None)
     return jax.shard_map(
         local, mesh=layout.mesh, in_specs=(q_spec, kv_spec, kv_spec, spec("prompts")),
         out_specs=q_spec, check_vma=False,

@@ -34,8 +34,8 @@ from gtalign_jax.model.attention import (
     padded_width,
     prompt_mask,
 )
-from gtalign_jax.model.sharding import Layout
-from gtalign_jax.model.spec import Layers, ModelConfig, Params
+from gtalign_jax.model.sharding import Layout, gather
+from gtalign_jax.model.spec import Layers, ModelConfig, Params, is_spec, param_specs
 
 # What the backward pass keeps of a block besides its input; the rest it computes anew. "none" keeps
 # everything (no rematerialisation), "full" nothing, "dots" the outputs of matrix products with
@@ -52,6 +52,11 @@ def check_remat(name: str) -> None:
     """Raises ValueError for a policy that is none of REMAT_POLICIES."""
     if name not in REMAT_POLICIES:
         raise ValueError(f"remat={name!r}: expected one of {tuple(REMAT_POLICIES)}")
+
+
+# Logical axes of keys and values: of the prompts, and of the rows' own tokens.
+PROMPT_CACHE_AXES = ("layers", "prompts", None, "act_heads", None)  # LQSKH
+OWN_CACHE_AXES = ("layers", "prompts", None, None, "act_heads", None)  # LQGTKH
 
 
 @struct.dataclass
@@ -159,22 +164,37 @@ def _embed(params: Params, tokens: jax.Array) -> jax.Array:
 
 def _run(params: Params, cfg: ModelConfig, tokens_QW, positions_QW, attend: Attend,
          layout: Layout | None, *, emit: Callable = lambda k, v: None, remat: str = "none"):
-    """All blocks over groups of W positions; `emit(k, v)` says what is kept of each layer."""
+    """All blocks over groups of W positions; `emit(k, v)` says what is kept of each layer.
+
+    Over devices every block gathers its weights, whole, and works on its own prompts and its own
+    stretch of the sequence; only attention changes over from stretches to heads, and back. With
+    groups of tens of thousands of positions that moves less than cutting the products would.
+    """
     cos, sin = _cos_sin(cfg, positions_QW, 4)
 
-    def pin(x_QWD: jax.Array) -> jax.Array:
-        if layout is None:
-            return x_QWD
-        return layout.constrain(x_QWD, "prompts", "sequence", None)
+    def pin(x: jax.Array, *axes: str | None) -> jax.Array:
+        return x if layout is None else layout.constrain(x, "prompts", *axes)
 
     def block(x_QWD, w: Layers):
-        q, k, v = _qkv(x_QWD, w, cfg, cos, sin)
-        attended = checkpoint_name(attend(q, k, v), "attended")
-        return pin(_finish(x_QWD, attended, w, cfg)), emit(k, v)
+        w = w if layout is None else _whole(w, cfg, layout)
+        qkv = _qkv(x_QWD, w, cfg, cos, sin)
+        # By stretches up to here: else XLA would cut the heads in the middle of rotating them.
+        q, k, v = (pin(pin(x, "sequence"), None, "act_heads") for x in qkv)
+        attended = checkpoint_name(pin(attend(q, k, v), None, "act_heads"), "attended")
+        x_QWD = _finish(x_QWD, pin(attended, "sequence"), w, cfg)
+        return pin(x_QWD, "sequence"), emit(k, v)
 
     if remat != "none":
         block = jax.checkpoint(block, policy=REMAT_POLICIES[remat])
-    return jax.lax.scan(block, pin(_embed(params, tokens_QW)), params.layers)
+    return jax.lax.scan(block, pin(_embed(params, tokens_QW), "sequence"), params.layers)
+
+
+def _whole(w: Layers, cfg: ModelConfig, layout: Layout) -> Layers:
+    """One layer's weights, gathered."""
+    return jax.tree.map(
+        lambda spec, x: gather(x, layout, spec.axes[1:]), param_specs(cfg).layers, w,
+        is_leaf=is_spec,
+    )
 
 
 def _run_prompts(params: Params, cfg: ModelConfig, tokens_QS, lengths_Q, layout: Layout | None,
@@ -197,12 +217,16 @@ def full_hidden(params: Params, cfg: ModelConfig, tokens_BT, lengths_B) -> jax.A
 
 def full_logits(params: Params, cfg: ModelConfig, tokens_BT, lengths_B) -> jax.Array:
     """Next-token logits `[B, T, V]` (float32) of right-padded rows; for tests and small models."""
-    return logits(params, cfg, full_hidden(params, cfg, tokens_BT, lengths_B))
+    return logits(head_of(params), cfg, full_hidden(params, cfg, tokens_BT, lengths_B))
 
 
-def logits(params: Params, cfg: ModelConfig, hidden: jax.Array) -> jax.Array:
+def head_of(params: Params) -> jax.Array:
+    """The head `[V, D]`, which may be the embedding."""
+    return params.embed_VD if params.head_VD is None else params.head_VD
+
+
+def logits(head_VD: jax.Array, cfg: ModelConfig, hidden: jax.Array) -> jax.Array:
     """Float32 logits over the padded vocabulary; padding ids get `NEG`, so no mass."""
-    head_VD = params.embed_VD if params.head_VD is None else params.head_VD
     out = jnp.einsum("...D,VD->...V", hidden, head_VD, preferred_element_type=jnp.float32)
     if cfg.padded_vocab_size == cfg.vocab_size:
         return out
@@ -218,8 +242,8 @@ def prefill(params: Params, cfg: ModelConfig, tokens_QS, lengths_Q,
         params, cfg, tokens_QS, lengths_Q, layout, emit=lambda k, v: (k[:, :S], v[:, :S])
     )
     if layout is not None:
-        axes = (None, "prompts", None, "kv_heads", None)
-        k, v = layout.constrain(k, *axes), layout.constrain(v, *axes)
+        k = layout.constrain(k, *PROMPT_CACHE_AXES)
+        v = layout.constrain(v, *PROMPT_CACHE_AXES)
     return PromptCache(k, v, lengths_Q)
 
 

@@ -126,7 +126,7 @@ def _start(cfg: ModelConfig, prompt: PromptCache, last_Q, G: int, T: int,
         (cfg.num_layers, Q, G, T, cfg.num_kv_heads, cfg.head_dim), prompt.k_LQSKH.dtype
     )
     if layout is not None:
-        cache = layout.constrain(cache, None, "prompts", None, None, "kv_heads", None)
+        cache = layout.constrain(cache, *forward.OWN_CACHE_AXES)
     rollout = Rollout(
         tokens_QGT=jnp.zeros((Q, G, T), jnp.int32),
         logp_QGT=jnp.zeros((Q, G, T), jnp.float32),
@@ -201,7 +201,7 @@ def make_sampler(cfg: ModelConfig, sampler: SamplerConfig, samples: int,
             hidden_QGD, k, v = forward.decode_step(
                 params, cfg, prompt, state.k_LQGTKH, state.v_LQGTKH, state.token_QG, state.t
             )
-            logits_QGV = forward.logits(params, cfg, hidden_QGD)
+            logits_QGV = forward.logits(forward.head_of(params), cfg, hidden_QGD)
             token_QG, logp_QG = choose(logits_QGV, filters, _uniform(keys_QG, state.t))
             stop_QG = _is_stop(token_QG, stop_ids)
             rollout = _record(state.rollout, state.t, token_QG, logp_QG, ~state.done_QG, stop_QG)

@@ -4,6 +4,9 @@ The head runs over chunks of the time axis and is recomputed in the backward pas
 [.., T, V] array exists: the largest has `logit_chunk` positions per row.
 """
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -39,23 +42,49 @@ def completion_logps(params: Params, cfg: ModelConfig, prompt_QS, prompt_lengths
     hidden_QGTD = forward.shared_hidden(
         params, cfg, prompt_QS, stream_lengths_Q, rows_QGT, remat=remat, layout=layout
     )
-    if layout is not None:
-        hidden_QGTD = layout.constrain(hidden_QGTD, "prompts")
-        params = _gather_head(params, layout)
-    return _chunked_head(params, cfg, hidden_QGTD, tokens_QGT, filters, logit_chunk)
+    head_VD = forward.head_of(params)
+    chunked = functools.partial(_chunked_head, cfg=cfg, filters=filters, logit_chunk=logit_chunk)
+    if layout is None:
+        return chunked(head_VD, hidden_QGTD, tokens_QGT)
+    return _over_devices(chunked, layout)(head_VD, hidden_QGTD, tokens_QGT)
 
 
-def _gather_head(params: Params, layout: Layout) -> Params:
-    """The head whole along `embed`, once: else every chunk of the time axis would gather it."""
-    whole = lambda w_VD: layout.constrain(w_VD, "vocab", None)  # noqa: E731
-    if params.head_VD is None:
-        return params.replace(embed_VD=whole(params.embed_VD))
-    return params.replace(head_VD=whole(params.head_VD))
+def _over_devices(chunked: Callable, layout: Layout) -> Callable:
+    """`chunked` on every device's own prompts and stretch of time, with the whole head.
+
+    By hand, since XLA would sum the head's gradient over the devices anew for every chunk. The
+    gradient of this gather is one reduce-scatter.
+    """
+    axes = layout.rules.embed
+    stretches = layout.axis_size("sequence")
+
+    def local(head_VD, hidden_QGTD, tokens_QGT):
+        if axes:
+            head_VD = jax.lax.all_gather(head_VD, axes, axis=1, tiled=True)
+        return chunked(head_VD, hidden_QGTD, tokens_QGT)
+
+    spec = layout.rules.spec
+    rows = spec("prompts", None, "sequence")
+    mapped = jax.shard_map(
+        local, mesh=layout.mesh, check_vma=False, out_specs=(rows, rows),
+        in_specs=(spec("vocab", "embed"), spec("prompts", None, "sequence", None), rows),
+    )
+
+    def run(head_VD, hidden_QGTD, tokens_QGT):
+        T = tokens_QGT.shape[2]
+        pad = ((0, 0), (0, 0), (0, -T % stretches))
+        out = mapped(head_VD, jnp.pad(hidden_QGTD, (*pad, (0, 0))), jnp.pad(tokens_QGT, pad))
+        return tuple(x[:, :, :T] for x in out)
+
+    return run
 
 
-def _chunked_head(params: Params, cfg: ModelConfig, hidden_QGTD, tokens_QGT, filters: Filters,
+def _chunked_head(head_VD, hidden_QGTD, tokens_QGT, *, cfg: ModelConfig, filters: Filters,
                   logit_chunk: int) -> tuple[jax.Array, jax.Array]:
+    """(log-probability, entropy) `[Q, G, T]`, `logit_chunk` positions at a time."""
     Q, G, T, D = hidden_QGTD.shape
+    dtype = head_VD.dtype
+    head_VD = head_VD.astype(jnp.float32)  # so that its gradient adds up over chunks in float32
     chunks = -(-T // logit_chunk)
     width = -(-T // chunks)
     pad = chunks * width - T
@@ -64,7 +93,7 @@ def _chunked_head(params: Params, cfg: ModelConfig, hidden_QGTD, tokens_QGT, fil
 
     @jax.checkpoint
     def head(hidden_QGCD, tokens_QGC):
-        logits_QGCV = forward.logits(params, cfg, hidden_QGCD)
+        logits_QGCV = forward.logits(head_VD.astype(dtype), cfg, hidden_QGCD)
         logits_QGCV = filters_lib.apply(logits_QGCV, filters, keep_ids=tokens_QGC)
         total_QGC = jax.nn.logsumexp(logits_QGCV, axis=-1)
         # A masked sum, not a gather: the vocabulary may be cut over devices.
