@@ -20,6 +20,7 @@ from typing import Any
 import jax
 from absl import app, flags
 from rich.console import Console
+from rich.measure import Measurement
 
 from gtalign_jax.aot import fit, report
 from gtalign_jax.aot.knobs import put
@@ -44,18 +45,16 @@ from gtalign_jax.model.spec import ModelConfig, num_params
 FITS, DOES_NOT_FIT, MISTAKE = 0, 1, 2
 
 
-def prepare(config: Config, topology: str, slices: int) -> tuple[Config, ModelConfig, Topology]:
-    """The config for that many slices, the model's sizes, and the devices to compile for.
+def prepare(config: Config, topology: str, slices: int) -> tuple[ModelConfig, Topology]:
+    """The model's sizes, and the devices to compile for.
 
     Raises ValueError (ConfigError among them) for a mistake, RuntimeError without libtpu.
     """
     devices = describe(topology, slices)
-    if slices > 1 and config.mesh.slice == 1:
-        config = put(config, {"mesh.slice": slices})
-    check(config, devices.chips)
+    check(config, devices.chips, slices)
     model = load.model_sizes(config.model)
     check_model_fits(model, make_mesh(config.mesh, devices.devices))
-    return config, model, devices
+    return model, devices
 
 
 def compile_all(config: Config, model: ModelConfig, topology: Topology,
@@ -115,7 +114,7 @@ def run(config: Config, name: str, slices: int, *, wants_fit: bool, json_path: s
     began = time.perf_counter()
     progress, out = Console(stderr=True, highlight=False), Console(highlight=False)
     say = lambda text: progress.print(text, markup=False, soft_wrap=True)  # noqa: E731
-    config, model, topology = prepare(config, name, slices)
+    model, topology = prepare(config, name, slices)
     mesh = make_mesh(config.mesh, topology.devices)
     say(
         f"{model.family} with {num_params(model) / 1e9:.2f}e9 parameters for {topology.chips} "
@@ -126,7 +125,10 @@ def run(config: Config, name: str, slices: int, *, wants_fit: bool, json_path: s
     rows = compile_all(config, model, topology, say)
     found = report.verdict(rows, config, model, topology)
     modelled = report.step(rows, config, topology)
-    out.print(report.tables(rows, topology))
+    figures = report.table(rows, topology)
+    wide = out.options.update(max_width=1000)  # nothing of it is ever cut off
+    out.width = max(out.width, Measurement.get(out, wide, figures).maximum)
+    out.print(figures)
     out.print(report.summary(rows, found, modelled, topology), markup=False, soft_wrap=True)
     say(f"{time.perf_counter() - began:.0f} s")
     if json_path:

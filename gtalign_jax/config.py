@@ -123,13 +123,13 @@ def from_flag(holder: flags.FlagHolder) -> Config:
         raise ConfigError(f"--config: {str(error).strip().splitlines()[-1].strip()}") from error
 
 
-def check(config: Config, device_count: int) -> None:
-    """Batch sizes and mesh against each other and the devices.
+def check(config: Config, device_count: int, slices: int = 1) -> None:
+    """Batch sizes and mesh against each other and the devices of all TPU slices together.
 
     Raises ConfigError with one line per mistake: key, value, what is allowed.
     """
     try:
-        sizes = dict(zip(MESH_AXES, mesh_shape(config.mesh, device_count), strict=True))
+        sizes = dict(zip(MESH_AXES, mesh_shape(config.mesh, device_count, slices), strict=True))
     except ValueError as error:
         raise ConfigError(str(error)) from error
     shards = 1
@@ -137,7 +137,7 @@ def check(config: Config, device_count: int) -> None:
         shards *= sizes[axis]
     problems = []
     if "grpo" in config.stages:
-        problems += _grpo_problems(config.grpo, shards)
+        problems += _grpo_problems(config.grpo, shards) or _rollout_problems(config, shards)
     if "sft" in config.stages:
         problems += _too_small("sft", config.sft, ("steps", "logit_chunk"))
         problems += _cut_problems(
@@ -184,6 +184,17 @@ def _grpo_problems(grpo: GRPOConfig, shards: int) -> list[str]:
     return _cut_problems(
         "grpo", (key, prompts), ("micro_batch_prompts", grpo.micro_batch_prompts), shards
     )
+
+
+def _rollout_problems(config: Config, shards: int) -> list[str]:
+    size, piece = config.grpo.prompts_per_step, config.rollout.micro_batch_prompts
+    allowed = [n for n in _divisors(size) if n % shards == 0]
+    if piece == 0 or piece in allowed:
+        return []
+    return [
+        f"rollout.micro_batch_prompts={piece} does not cut grpo.prompts_per_step={size} over "
+        f"{shards} shards: it may be one of {allowed}, or 0 for all at once"
+    ]
 
 
 def _cut_problems(

@@ -31,7 +31,14 @@ from gtalign_jax.data.prompt import Prompt
 from gtalign_jax.data.sources import load_prompts
 from gtalign_jax.data.tokenizer import chain_corpus, train_tokenizer
 from gtalign_jax.model import load
-from gtalign_jax.model.sharding import ROLLOUT, TRAIN, Layout, check_model_fits, make_mesh
+from gtalign_jax.model.sharding import (
+    ROLLOUT,
+    TRAIN,
+    Layout,
+    check_model_fits,
+    make_mesh,
+    slice_count,
+)
 from gtalign_jax.model.spec import ModelConfig, num_params
 from gtalign_jax.pod import exchange, share
 from gtalign_jax.pod.exchange import is_first
@@ -116,7 +123,7 @@ class Session:
 
 def open_session(config: Config, watch: Watch) -> Session:
     """Everything before the first step. Raises ValueError and the like with a text for the user."""
-    check(config, jax.device_count())
+    check(config, jax.device_count(), slice_count(jax.devices()))
     share.check_shared(config.workdir)
     if jax.default_backend() != "cpu":  # a CPU's programs are quick to compile, and not portable
         jax.config.update("jax_compilation_cache_dir", f"{config.workdir}/compiled")

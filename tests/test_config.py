@@ -52,6 +52,8 @@ def test_stages_are_known_ordered_and_unique(stages, message):
      r"grpo.prompts_per_step/minibatches=4 must be a multiple of 8"),
     ({"grpo__prompts_per_step": 64, "grpo__micro_batch_prompts": 12},
      r"grpo.micro_batch_prompts=12 does not cut .*: it may be one of \[8, 16, 32, 64\], or 0"),
+    ({"grpo__prompts_per_step": 64, "rollout__micro_batch_prompts": 4},
+     r"rollout.micro_batch_prompts=4 does not cut grpo.prompts_per_step=64 .*\[8, 16, 32, 64\]"),
     ({"sft__batch_size": 20}, r"sft.batch_size=20 must be a multiple of 8, .* 16 or 24"),
     ({"sft__batch_size": 32, "sft__micro_batch_size": 4},
      r"sft.micro_batch_size=4 does not cut .*\[8, 16, 32\]"),

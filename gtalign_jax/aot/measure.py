@@ -122,9 +122,14 @@ def _with_work(row: Row, work: Work, topology: Topology, tensor: int) -> Row:
 
 
 def _refused(row: Row, arguments: int, needed: int, words: str, spent: float) -> Row:
-    """The compiler counts either all that the program needs, or its temporaries alone."""
-    whole = "temporaries" not in words
+    """What the compiler counted until it gave up: the arguments, the temporaries, or everything."""
+    if "HLO arguments" in words:
+        arguments, temporaries = needed, 0
+    elif "HLO temporaries" in words:
+        temporaries = needed
+    else:
+        temporaries = max(0, needed - arguments)
     return dataclasses.replace(
-        row, arguments=arguments, temporaries=max(0, needed - arguments) if whole else needed,
-        refused=words.strip().splitlines()[0], compile_s=spent,
+        row, arguments=arguments, temporaries=temporaries, compile_s=spent,
+        refused=words.strip().splitlines()[0],
     )

@@ -25,7 +25,7 @@ from gtalign_jax.aot import roofline
 from gtalign_jax.aot.roofline import Work
 from gtalign_jax.config import Config
 from gtalign_jax.data.batches import WIDTH_MULTIPLE
-from gtalign_jax.model import load
+from gtalign_jax.model import forward, load
 from gtalign_jax.model.sharding import ROLLOUT, TRAIN, Layout, param_shardings
 from gtalign_jax.model.spec import ModelConfig, Params, abstract_params
 from gtalign_jax.reward import scoring
@@ -132,6 +132,11 @@ class _Run:
         return abstract_state(self.model, make_optimizer(cfg, updates), self.train)
 
     @property
+    def hosts(self) -> int:
+        """Processes: each scores its own completions."""
+        return len({device.process_index for device in self.mesh.devices.flat})
+
+    @property
     def updates(self) -> int:
         return self.config.grpo.steps * self.config.grpo.updates_per_step
 
@@ -225,6 +230,10 @@ def _sampling(run: _Run, sampler: Sampler, stage: str, shape: tuple[int, int], c
     here = functools.partial(run.array, layout=run.rollout)
     prompts = (run.sampling, here((Q, S)), here((Q,)))
     cache, last_Q = jax.eval_shape(sampler.prefill, *prompts)
+    of_prompts = run.rollout.sharding("prompts")
+    of_keys = run.rollout.sharding(*forward.PROMPT_CACHE_AXES)
+    cache = _placed(cache, forward.PromptCache(of_keys, of_keys, of_prompts))
+    last_Q = _placed(last_Q, of_prompts)
     return [
         _program(f"{prefix}prefill", stage, calls, sampler.prefill, prompts, resident,
                  work=roofline.prefill_work(run.model, Q, S)),
@@ -255,7 +264,7 @@ def _grpo(run: _Run) -> list[Program]:
                  work=roofline.reshard_work(run.model)),
         *_sampling(run, sampler, "grpo", (piece, G), Q // piece,
                    _sizes(held | {"state": state})),
-        *_rewards(run, Q * G),
+        *_rewards(run, Q * G // run.hosts),
         *_learning(run, learner, state),
     ]
 

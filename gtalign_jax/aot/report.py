@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.console import Group
+from rich import box
 from rich.table import Table
 
 from gtalign_jax.aot import knobs, roofline
@@ -86,12 +86,12 @@ def gib(n: float) -> str:
     return "–" if n == 0 else "<0.01" if n < 0.005 * GIB else f"{n / GIB:,.2f}"
 
 
-def _count(n: float, units: str = "") -> str:
-    """1.23e14 as "123 T"."""
+def _count(n: float) -> str:
+    """1.23e14 as "123.0 T"."""
     for size, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
         if n >= size:
-            return f"{n / size:,.1f} {prefix}{units}"
-    return "–" if n == 0 else f"{n:,.0f} {units}".rstrip()
+            return f"{n / size:,.1f} {prefix}"
+    return "–" if n == 0 else f"{n:,.0f}"
 
 
 def traffic(row: Row) -> dict[tuple[str, bool], tuple[int, float]]:
@@ -107,34 +107,43 @@ def traffic(row: Row) -> dict[tuple[str, bool], tuple[int, float]]:
 
 def _traffic_text(row: Row) -> str:
     return "\n".join(
-        f"{kind}{' (DCN)' if dcn else ''} {count:,}x {gib(size)}"
+        f"{count:,} {kind}{' (DCN)' if dcn else ''} {gib(size)}"
         for (kind, dcn), (count, size) in sorted(traffic(row).items())
     )
 
 
-def tables(rows: Sequence[Row], topology: Topology) -> Group:
-    """Memory in one table, work in another under it; a program is a row of both."""
-    memory = Table(title="memory per chip, GiB", title_justify="left")
-    for name in ("program", "arguments", "outputs", "aliased", "temporaries", "code", "resident",
-                 "peak", f"of {gib(topology.chip.hbm_bytes)}", "fits"):
-        memory.add_column(name, justify="left" if name == "program" else "right")
-    work = Table(title="one call of each, per chip", title_justify="left")
-    for name in ("program", "calls/step", "FLOPs", "HBM bytes", "collectives: count, GiB per chip",
-                 "compute s", "HBM s", "ICI s", "DCN s", "at least s", "compiled in s"):
-        work.add_column(name, justify="left" if name[:2] in ("pr", "co") else "right")
+def table(rows: Sequence[Row], topology: Topology) -> Table:
+    """One row per program; all figures are of one chip and one call, sizes in GiB."""
+    out = Table(
+        title=f"{topology.chips} {topology.chip.generation} chips of "
+              f"{gib(topology.chip.hbm_bytes)} GiB; per chip and call, GiB",
+        title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False,
+    )
+    for name in ("program", "calls\na step", "argu-\nments", "out-\nputs", "tempo-\nraries",
+                 "held\nbeside", "peak", "of a\nchip", "FLOPs", "HBM\ntraffic",
+                 "collectives and\nwhat arrives", "at least", "compiled\nin"):
+        is_text = name == "program" or name.startswith("coll")
+        out.add_column(name, justify="left" if is_text else "right", no_wrap=True)
     for row in rows:
+        style = None if row.fits else "bold red"
         share = "host" if row.capacity is None else f"{100 * row.peak / row.capacity:.0f}%"
-        resident = sum(row.resident.values())
-        sizes = (row.arguments, row.outputs, row.aliased, row.temporaries, row.code, resident,
-                 row.peak)
-        memory.add_row(row.name, *map(gib, sizes), share, "yes" if row.fits else "NO")
-        t = row.times
-        seconds = [""] * 5 if t is None else [
-            f"{s:,.3f}" for s in (t.compute, t.hbm, t.ici, t.dcn, t.total)
-        ]
-        work.add_row(row.name, str(row.calls or "–"), _count(row.flops), _count(row.hbm_bytes, "B"),
-                     _traffic_text(row), *seconds, f"{row.compile_s:.0f}")
-    return Group(memory, work)
+        sizes = (row.arguments, row.outputs - row.aliased, row.temporaries + row.code,
+                 sum(row.resident.values()), row.peak)
+        out.add_row(
+            row.name, str(row.calls or ""), *map(gib, sizes),
+            share if row.fits else f"{share} !", _count(row.flops), gib(row.hbm_bytes),
+            _traffic_text(row), _time_text(row), f"{row.compile_s:.0f} s", style=style,
+        )
+    return out
+
+
+def _time_text(row: Row) -> str:
+    """The modelled seconds of a call, and what they are spent on."""
+    if row.times is None:
+        return "–"
+    value = row.times.total
+    shown = f"{value:,.2f} s" if value >= 0.1 else f"{1e3 * value:,.2f} ms"
+    return f"{shown} {row.times.bound}"
 
 
 def summary(rows: Sequence[Row], found: Verdict, modelled: Step | None,

@@ -1,0 +1,121 @@
+"""The programs that the compile command knows are those that a run calls, with what lies beside."""
+
+import collections
+
+import jax
+import jax.numpy as jnp
+import pytest
+import runs
+from jax.sharding import NamedSharding, PartitionSpec
+
+from gtalign_jax import run as run_lib
+from gtalign_jax import session as session_lib
+from gtalign_jax.aot.programs import bytes_per_chip, programs
+from gtalign_jax.model.load import model_sizes
+from gtalign_jax.model.sharding import MeshConfig, make_mesh
+from gtalign_jax.training import collect, grpo, sft, trainer
+
+# Wide enough for weights to outweigh what nobody counts (keys, advantages, a step's tokens).
+WIDE = {
+    "model__d_model": 256, "model__d_ff": 1024, "model__num_layers": 2, "model__head_dim": 64,
+    "grpo__steps": 1, "sft__steps": 1, "rollout__micro_batch_prompts": 8,
+    "grpo__prompts_per_step": 16, "mesh__fsdp": 4, "mesh__tensor": 2,
+    "grpo__minibatches": 2, "model__compute_dtype": "bfloat16",
+}
+
+
+def by_name(config):
+    mesh = make_mesh(config.mesh)
+    return {p.name: p for p in programs(config, model_sizes(config.model), mesh)}
+
+
+def on_first_chip() -> int:
+    """Bytes of all arrays on device 0; several arrays may show the same piece of memory."""
+    pieces = {}
+    for array in jax.live_arrays():
+        if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
+            continue
+        for shard in array.addressable_shards:
+            if shard.device == jax.devices()[0] and shard.data.size:
+                pieces[shard.data.unsafe_buffer_pointer()] = shard.data.nbytes
+    return sum(pieces.values())
+
+
+def test_bytes_of_a_chip_are_those_of_its_shards():
+    mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
+    place = lambda *axes: NamedSharding(mesh, PartitionSpec(*axes))  # noqa: E731
+    tree = {
+        "cut": jax.ShapeDtypeStruct((8, 6), jnp.float32, sharding=place("fsdp", "tensor")),
+        "whole": jax.ShapeDtypeStruct((5,), jnp.bfloat16, sharding=place()),
+    }
+    assert bytes_per_chip(tree) == (8 // 4) * (6 // 2) * 4 + 5 * 2
+
+
+def test_a_run_has_the_programs_of_its_stages_and_settings(tmp_path):
+    full = by_name(runs.config(tmp_path, **WIDE))
+    assert list(full) == [
+        "initialise", "sft start", "sft update", "evaluate prefill", "evaluate decode", "reference",
+        "grpo start", "reshard", "prefill", "decode", "games", "reward", "old logp",
+        "reference logp", "update",
+    ]
+    calls = {name: p.calls for name, p in full.items() if p.calls}
+    assert calls == {
+        "reshard": 1, "prefill": 2, "decode": 2, "games": 1, "reward": 1, "old logp": 1,
+        "reference logp": 1, "update": 2,
+    }
+    less = by_name(runs.config(tmp_path, stages=("grpo",), grpo__reference=False, grpo__beta=0.0,
+                               model__path="Qwen/Qwen2.5-0.5B", mesh__fsdp=4, mesh__tensor=2))
+    assert set(less) == {
+        "grpo start", "reshard", "prefill", "decode", "games", "reward", "update"
+    }
+    assert {p.name for p in full.values() if p.where == "host"} == {"games", "reward"}
+
+
+@pytest.mark.slow
+def test_what_lies_on_a_chip_when_a_program_is_called_is_its_arguments_and_residents(
+        tmp_path, monkeypatch):
+    """A whole run whose functions look at the device's memory before they start."""
+    seen = collections.defaultdict(list)
+
+    def spying(name, function):
+        def call(*args):
+            seen[name(*args) if callable(name) else name].append(on_first_chip())
+            return function(*args)
+
+        return call
+
+    def whose_logps(params, batch):
+        return f"{'old' if params.embed_VD.dtype == jnp.float32 else 'reference'} logp"
+
+    def spy_on(module, maker, name):
+        make = getattr(module, maker)
+        monkeypatch.setattr(
+            module, maker, lambda *a, **k: spying(name, make(*a, **k))
+        )
+
+    spy_on(grpo, "make_update", "update")
+    spy_on(sft, "make_update", "sft update")
+    spy_on(grpo, "make_logps", whose_logps)
+    spy_on(trainer, "make_reshard", "reshard")
+    make = session_lib.make_sampler
+
+    def make_sampler(model, settings, samples, *rest):
+        made, prefix = make(model, settings, samples, *rest), "evaluate " * (samples == 1)
+        return type(made)(spying(f"{prefix}prefill", made.prefill),
+                          spying(f"{prefix}decode", made.decode))
+
+    monkeypatch.setattr(session_lib, "make_sampler", make_sampler)
+    monkeypatch.setattr(collect, "decode", runs.fluent)
+    before = on_first_chip()
+    config = runs.config(tmp_path, **WIDE)
+    run_lib.run(config)
+    expected = by_name(config)
+    assert set(seen) == {
+        "sft update", "evaluate prefill", "evaluate decode", "reshard", "prefill", "decode",
+        "old logp", "reference logp", "update",
+    }
+    for name, calls in seen.items():
+        program = expected[name]
+        counted = sum(program.resident.values()) + bytes_per_chip(program.arguments)
+        lying = max(calls) - before
+        assert lying == pytest.approx(counted, rel=0.05), (name, dict(program.resident))
