@@ -246,38 +246,55 @@ def test_the_command_says_that_a_run_fits_in_a_table_and_in_json(tmp_path, capsy
 
 @pytest.mark.slow
 def test_a_run_that_cannot_fit_is_refused_with_the_shortfall(tmp_path, capsys):
-    """The own caches alone: 2 x 1 layer x 512 rows x 65,536 tokens x 128 x 2 bytes = 16 GiB a chip
-    of 15.75."""
-    config = small(rollout__max_new_tokens=65_536, grpo__prompts_per_step=512,
-                   grpo__samples_per_prompt=4, grpo__micro_batch_prompts=4, grpo__remat="full")
+    """A chip's 1,024 of 512 x 8 rows: 2 x 16 heads x 128 numbers x 2 bytes x 2,048 tokens are
+    16 GiB of keys and values, where there are 15.75."""
+    config = small(
+        stages=("evaluate",), model__num_heads=16, model__num_kv_heads=16, model__head_dim=128,
+        evaluate__batch_size=512, evaluate__samples=8, rollout__max_new_tokens=2048,
+    )
     path = tmp_path / "figures.json"
     assert command.run(config, "v5e-4", 1, wants_fit=False, json_path=str(path)) == 1
-    assert "does not fit v5e-4: decode lacks" in capsys.readouterr().out
+    assert "does not fit v5e-4: evaluate decode lacks" in capsys.readouterr().out
     found = json.loads(path.read_text())
-    decode = next(p for p in found["programs"] if p["name"] == "decode")
+    decode = next(p for p in found["programs"] if p["name"] == "evaluate decode")
     assert not found["fits"] and not decode["fits"] and decode["peak"] > 16 * GIB
     assert decode["shortfall"] == decode["peak"] - decode["capacity"]
-    problem = next(p for p in found["problems"] if p["program"] == "decode")
-    assert any("rollout.micro_batch_prompts=" in knob for knob in problem["knobs"])
+    problem, = found["problems"]
+    assert problem["shortfall"] == decode["shortfall"]
+    assert "--config.evaluate.batch_size=256 (now 512)" in problem["knobs"]
 
 
-def in_own_process(*arguments: str, **env: str) -> subprocess.CompletedProcess:
+@pytest.mark.parametrize("changes, words", [
+    ({"grpo__prompts_per_step": 10}, "grpo.prompts_per_step=10 must be a multiple of 4"),
+    ({"mesh__tensor": 4}, "does not divide the model's num_heads=2"),
+    ({"mesh__fsdp": 3}, "does not fit 4 devices"),
+    ({"model__path": "./nowhere"}, "there is no such directory"),
+])
+def test_a_config_that_a_run_would_refuse_is_refused_before_anything_is_compiled(changes, words):
+    with pytest.raises(ValueError, match=words):
+        command.prepare(small(**changes), "v4-8", 1)
+
+
+def in_own_process(before: str, *arguments: str) -> subprocess.CompletedProcess:
+    """The command, after a line of Python; libtpu stays loaded once it is, so not in this one."""
+    code = (
+        f"import runpy, sys; {before}; sys.argv = ['compile', *{arguments!r}]; "
+        "runpy.run_module('gtalign_jax.compile', run_name='__main__')"
+    )
     return subprocess.run(
-        [sys.executable, "-m", "gtalign_jax.compile", *arguments], cwd=ROOT, text=True,
-        capture_output=True, timeout=120, env={**os.environ, **env},
+        [sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, timeout=120,
+        env={k: v for k, v in os.environ.items() if "TPU" not in k},
     )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arguments, env, words", [
-    (["--topology=v4-9"], {}, "topology 'v4-9' is not known"),
-    ([], {}, "--topology=NAME is required"),
-    (["--topology=v4-8", "--config.grpo.micro_batch=4"], {}, "grpo.micro_batch_prompts"),
-    (["--topology=v4-8", "--config.grpo.prompts_per_step=10"], {}, "must be a multiple of 4"),
-    (["--topology=v4-8"], {"TPU_LIBRARY_PATH": "/nonexistent/libtpu.so"}, "needs libtpu"),
+@pytest.mark.parametrize("before, arguments, words", [
+    ("pass", ["--topology=v4-9"], "topology 'v4-9' is not known"),
+    ("pass", ["--topology=v4-8", "--config.grpo.micro_batch=4"], "grpo.micro_batch_prompts"),
+    ("sys.modules['libtpu'] = None", ["--topology=v4-8"], "pip install libtpu"),
 ])
-def test_a_mistake_ends_with_status_2_and_says_what_is_wrong(arguments, env, words):
-    done = in_own_process("--config=configs/demo_cpu.py", *arguments, **env)
+def test_a_mistake_ends_with_status_2_and_says_what_is_wrong(before, arguments, words):
+    done = in_own_process(before, "--config=configs/demo_cpu.py", *arguments)
     assert done.returncode == 2, done.stderr
     assert words in done.stderr and "Traceback" not in done.stderr
     assert done.stderr.startswith("error: ")
