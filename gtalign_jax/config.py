@@ -24,7 +24,7 @@ from gtalign_jax.data.sources import DataConfig
 from gtalign_jax.evaluation.evaluate import EvaluateConfig
 from gtalign_jax.freeze import ConfigError, check_overrides, freeze, to_dict
 from gtalign_jax.model.load import ModelSource
-from gtalign_jax.model.sharding import BATCH_AXES, MESH_AXES, MeshConfig, mesh_shape
+from gtalign_jax.model.sharding import BATCH_AXES, MeshConfig, batch_shards
 from gtalign_jax.pod.start import PodConfig
 from gtalign_jax.reward.judges import JudgeConfig
 from gtalign_jax.reward.normalizers import NORMALIZERS
@@ -32,6 +32,7 @@ from gtalign_jax.reward.scoring import RewardConfig
 from gtalign_jax.rollout.sampler import SamplerConfig
 from gtalign_jax.training.checkpoint import CheckpointConfig, flatten
 from gtalign_jax.training.grpo import GRPOConfig
+from gtalign_jax.training.micro import piece_count
 from gtalign_jax.training.sft import SFTConfig
 
 STAGES = ("sft", "grpo", "evaluate", "export")
@@ -129,12 +130,9 @@ def check(config: Config, device_count: int, slices: int = 1) -> None:
     Raises ConfigError with one line per mistake: key, value, what is allowed.
     """
     try:
-        sizes = dict(zip(MESH_AXES, mesh_shape(config.mesh, device_count, slices), strict=True))
+        shards = batch_shards(config.mesh, device_count, slices)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    shards = 1
-    for axis in BATCH_AXES:
-        shards *= sizes[axis]
     problems = []
     if "grpo" in config.stages:
         problems += _grpo_problems(config.grpo, shards) or _rollout_problems(config, shards)
@@ -187,14 +185,9 @@ def _grpo_problems(grpo: GRPOConfig, shards: int) -> list[str]:
 
 
 def _rollout_problems(config: Config, shards: int) -> list[str]:
-    size, piece = config.grpo.prompts_per_step, config.rollout.micro_batch_prompts
-    allowed = [n for n in _divisors(size) if n % shards == 0]
-    if piece == 0 or piece in allowed:
-        return []
-    return [
-        f"rollout.micro_batch_prompts={piece} does not cut grpo.prompts_per_step={size} over "
-        f"{shards} shards: it may be one of {allowed}, or 0 for all at once"
-    ]
+    whole = ("grpo.prompts_per_step", config.grpo.prompts_per_step)
+    piece = ("rollout.micro_batch_prompts", config.rollout.micro_batch_prompts)
+    return _piece_problems(whole, piece, shards)
 
 
 def _cut_problems(
@@ -208,27 +201,32 @@ def _cut_problems(
             f"{section}.{key}={size} must be a multiple of {shards}, the mesh's "
             f"{' x '.join(BATCH_AXES)} shards: for example {' or '.join(map(str, near))}"
         ]
-    if piece_size == 0:
+    named = (f"{section}.{piece_key}", piece_size)
+    return _piece_problems((f"{section}.{key}", size), named, shards)
+
+
+def _piece_problems(whole: tuple[str, int], piece: tuple[str, int], shards: int) -> list[str]:
+    """A micro-batch, counted per shard, must divide a shard's part of the batch, or cover it."""
+    (key, size), (piece_key, piece_size) = whole, piece
+    part = size // shards
+    if piece_size == 0 or piece_size >= part or (piece_size > 0 and part % piece_size == 0):
         return []
-    allowed = [n for n in _divisors(size) if n % shards == 0]
-    if piece_size not in allowed:
-        return [
-            f"{section}.{piece_key}={piece_size} does not cut {section}.{key}={size} over "
-            f"{shards} shards: it may be one of {allowed}, or 0 for all at once"
-        ]
-    return []
+    return [
+        f"{piece_key}={piece_size} does not divide {part}, each of {shards} shards' part of "
+        f"{key}={size}: it may be one of {_divisors(part)}, or 0 for all at once"
+    ]
 
 
 def _divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
-def batch_table(config: Config) -> str:
-    """What the batch settings amount to, as text; printed once at start."""
+def batch_table(config: Config, shards: int) -> str:
+    """What the batch settings amount to over `shards` parts of a batch, as text."""
     grpo, sft, rollout = config.grpo, config.sft, config.rollout
     rows: list[tuple[str, str, str]] = []
     if "sft" in config.stages:
-        pieces = sft.batch_size // sft.micro_batch_size if sft.micro_batch_size else 1
+        pieces = piece_count(sft.batch_size, sft.micro_batch_size, shards)
         rows += [
             ("SFT", "rows per update", f"{sft.batch_size:,}"),
             ("", "micro-batches per update", f"{pieces:,} of {sft.batch_size // pieces:,} rows"),
@@ -237,7 +235,7 @@ def batch_table(config: Config) -> str:
     if "grpo" in config.stages:
         Q, G, T = grpo.prompts_per_step, grpo.samples_per_prompt, rollout.max_new_tokens
         mini = Q // grpo.minibatches
-        micro = grpo.micro_batch_prompts or mini
+        micro = mini // piece_count(mini, grpo.micro_batch_prompts, shards)
         rows += [
             ("GRPO", "prompts per step", f"{Q:,}"),
             ("", "completions per step", f"{Q:,} x {G} = {Q * G:,}"),

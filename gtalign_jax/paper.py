@@ -156,11 +156,10 @@ def _set_prompts(c: config_dict.ConfigDict, source: str) -> None:
 
 def _set_layout(c: config_dict.ConfigDict, fit: Fit) -> None:
     """The mesh, and pieces of the batch that are the same on each chip of the slice."""
-    shards = fit.chips // fit.tensor
     c.mesh.fsdp = -1
     c.mesh.tensor = fit.tensor
-    c.grpo.micro_batch_prompts = min(PROMPTS, shards * fit.update_prompts)
-    c.rollout.micro_batch_prompts = min(PROMPTS, shards * fit.rollout_prompts)
+    c.grpo.micro_batch_prompts = fit.update_prompts
+    c.rollout.micro_batch_prompts = fit.rollout_prompts
     # A row of the cold start is as long as a prompt with one of its 8 completions, or shorter.
-    c.sft.micro_batch_size = min(c.sft.batch_size, shards * fit.update_prompts * SAMPLES)
+    c.sft.micro_batch_size = fit.update_prompts * SAMPLES
     c.grpo.remat = c.sft.remat = fit.remat

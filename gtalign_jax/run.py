@@ -36,6 +36,7 @@ from gtalign_jax.training.state import (
     OptimizerConfig,
     TrainState,
     abstract_state,
+    discard,
     make_optimizer,
     make_state,
     named_key,
@@ -79,9 +80,9 @@ def _example_set(session: Session) -> ExampleSet:
 
 
 def run_sft(session: Session, policy: Params | None, checkpoints: Checkpointer) -> TrainState:
-    """The cold start, from `policy` or from its last checkpoint."""
+    """The cold start, from `policy`, which it takes over, or from its last checkpoint."""
     cfg = session.config.sft
-    fresh, abstract = _states(session, policy, cfg, cfg.steps)
+    fresh, abstract = _states(session, policy, cfg, cfg.steps, checkpoints)
     return train_sft(
         session.stage("sft", cfg.steps, checkpoints, cfg.log_every), fresh, abstract,
         _example_set(session), model=session.model, cfg=cfg, layout=session.train_layout,
@@ -90,12 +91,16 @@ def run_sft(session: Session, policy: Params | None, checkpoints: Checkpointer) 
 
 
 def run_grpo(session: Session, policy: Params, checkpoints: Checkpointer) -> TrainState:
-    """GRPO from `policy`, which is also the reference, or from its last checkpoint."""
+    """GRPO from `policy`, which it takes over, or from its last checkpoint.
+
+    `policy` is also the reference, of which a copy is kept.
+    """
     config, cfg = session.config, session.config.grpo
-    fresh, abstract = _states(session, policy, cfg, cfg.steps * cfg.updates_per_step)
     reference = None
     if cfg.reference:  # only ever computed with: half the memory where that is in bfloat16
         reference = make_reshard(session.model, session.train_layout, session.dtype)(policy)
+    updates = cfg.steps * cfg.updates_per_step
+    fresh, abstract = _states(session, policy, cfg, updates, checkpoints)
     every = config.evaluate.every_steps if session.test else 0
     session.metrics.truncate("evaluate", checkpoints.latest() or 0)
 
@@ -115,8 +120,11 @@ def run_grpo(session: Session, policy: Params, checkpoints: Checkpointer) -> Tra
         )
 
 
-def _states(session: Session, policy: Params | None, cfg: OptimizerConfig, updates: int):
+def _states(session: Session, policy: Params | None, cfg: OptimizerConfig, updates: int,
+            checkpoints: Checkpointer):
     """(how to make the first state, the abstract state to restore into)."""
+    if policy is not None and checkpoints.latest() is not None:
+        discard(policy)  # the state will come from the checkpoint
     optimizer = make_optimizer(cfg, updates)
     arguments = (session.model, optimizer, session.train_layout)
     return functools.partial(make_state, policy, *arguments), abstract_state(*arguments)

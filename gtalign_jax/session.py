@@ -184,7 +184,7 @@ def _claim(session: Session) -> None:
 
 def _greet(session: Session) -> None:
     """What a run is about to do, in a few lines."""
-    devices = jax.devices()
+    devices, shards = jax.devices(), session.train_layout.axis_size("prompts")
     held_out = f", {len(session.test)} held out" if session.test else ""
     several = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
     session.console.say(
@@ -193,7 +193,7 @@ def _greet(session: Session) -> None:
         f"{session.model.family} with {num_params(session.model) / 1e6:.2f}M parameters, "
         f"vocabulary {session.model.vocab_size:,}\n"
         f"{len(session.train):,} training prompts{held_out}; "
-        f"{session.train.dropped} too long\n{batch_table(session.config)}\n"
+        f"{session.train.dropped} too long\n{batch_table(session.config, shards)}\n"
     )
 
 

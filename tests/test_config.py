@@ -12,6 +12,7 @@ from gtalign_jax import config as config_lib
 from gtalign_jax.config import Config, batch_table, check, fingerprint, redact, redact_text
 from gtalign_jax.freeze import ConfigError, freeze, to_config_dict, to_dict
 from gtalign_jax.model.sharding import MeshConfig
+from gtalign_jax.training.micro import piece_count
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -50,13 +51,13 @@ def test_stages_are_known_ordered_and_unique(stages, message):
      r"grpo.minibatches=3 does not divide grpo.prompts_per_step=64: .*\[1, 2, 4, 8, 16, 32, 64\]"),
     ({"grpo__prompts_per_step": 64, "grpo__minibatches": 16},
      r"grpo.prompts_per_step/minibatches=4 must be a multiple of 8"),
-    ({"grpo__prompts_per_step": 64, "grpo__micro_batch_prompts": 12},
-     r"grpo.micro_batch_prompts=12 does not cut .*: it may be one of \[8, 16, 32, 64\], or 0"),
-    ({"grpo__prompts_per_step": 64, "rollout__micro_batch_prompts": 4},
-     r"rollout.micro_batch_prompts=4 does not cut grpo.prompts_per_step=64 .*\[8, 16, 32, 64\]"),
+    ({"grpo__prompts_per_step": 64, "grpo__micro_batch_prompts": 3},
+     r"grpo.micro_batch_prompts=3 does not divide 8, .*: it may be one of \[1, 2, 4, 8\], or 0"),
+    ({"grpo__prompts_per_step": 64, "rollout__micro_batch_prompts": -1},
+     r"rollout.micro_batch_prompts=-1 .* grpo.prompts_per_step=64: .*\[1, 2, 4, 8\]"),
     ({"sft__batch_size": 20}, r"sft.batch_size=20 must be a multiple of 8, .* 16 or 24"),
-    ({"sft__batch_size": 32, "sft__micro_batch_size": 4},
-     r"sft.micro_batch_size=4 does not cut .*\[8, 16, 32\]"),
+    ({"sft__batch_size": 32, "sft__micro_batch_size": 3},
+     r"sft.micro_batch_size=3 does not divide 4, .*\[1, 2, 4\]"),
     ({"sft__logit_chunk": 0}, r"sft.logit_chunk=0: must be >= 1"),
     ({"evaluate__batch_size": 12}, r"evaluate.batch_size=12 must be a multiple of 8, .* 8 or 16"),
     ({"grpo__normalizer": "z-score"}, r"grpo.normalizer='z-score': expected one of .*'zscore'"),
@@ -83,15 +84,17 @@ def test_a_section_that_no_stage_uses_is_not_checked():
 
 
 @pytest.mark.parametrize("Q,mini,micro,mesh", [
-    (64, 1, 0, MeshConfig()), (64, 2, 8, MeshConfig(fsdp=4, tensor=2)), (6, 3, 2, MeshConfig(
-        fsdp=2, tensor=4)),
+    (64, 1, 0, MeshConfig()), (64, 2, 4, MeshConfig(fsdp=4, tensor=2)), (6, 3, 2, MeshConfig(
+        fsdp=2, tensor=4)), (64, 1, 100, MeshConfig()),
 ])
 def test_a_batch_that_check_accepts_cuts_evenly(Q, mini, micro, mesh):
     base = configured(grpo__prompts_per_step=Q, grpo__minibatches=mini,
                       grpo__micro_batch_prompts=micro, stages=("grpo",))
     check(dataclasses.replace(base, mesh=mesh), 8)
     shards = 8 // mesh.tensor
-    assert (Q // mini) % (micro or Q // mini) == 0 and (micro or Q // mini) % shards == 0
+    pieces = piece_count(Q // mini, micro, shards)
+    assert (Q // mini) % (pieces * shards) == 0
+    assert pieces == {0: 1, 4: 2, 2: 1, 100: 1}[micro]
 
 
 def test_the_batch_table_is_the_arithmetic_of_the_settings():
@@ -99,14 +102,14 @@ def test_the_batch_table_is_the_arithmetic_of_the_settings():
         grpo__prompts_per_step=64, grpo__samples_per_prompt=8, grpo__minibatches=2,
         grpo__epochs=1, grpo__micro_batch_prompts=8, grpo__steps=150,
         rollout__max_new_tokens=4096, data__max_prompt_tokens=2048,
-        sft__batch_size=32, sft__micro_batch_size=8, sft__steps=100,
-    ))
+        sft__batch_size=32, sft__micro_batch_size=4, sft__steps=100,
+    ), shards=2)
     for line in (
         "completions per step        64 x 8 = 512",
         "completion tokens per step  at most 512 x 4,096 = 2,097,152",
         "prompt tokens per step      at most 64 x 2,048 = 131,072",
         "updates per step            1 x 2 (epochs x minibatches) = 2",
-        "micro-batches per update    4 of 8 prompts = 64 completions",
+        "micro-batches per update    2 of 16 prompts = 128 completions",
         "updates                     150 steps x 2 = 300",
         "micro-batches per update    4 of 8 rows",
     ):

@@ -72,7 +72,7 @@ def command_line(monkeypatch, capsys):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.stem)
 def test_every_config_file_loads_and_shows_its_command(path):
-    assert batch_table(config_of(path.stem))
+    assert batch_table(config_of(path.stem), 1)
     assert f"--config=configs/{path.name}" in path.read_text(encoding="utf-8")
 
 
@@ -90,10 +90,10 @@ def test_every_size_is_cut_evenly_over_the_slice_it_is_meant_for(machine, size):
     shape = mesh_shape(config.mesh, fit.chips)
     check_model_fits(model, types.SimpleNamespace(devices=np.empty(shape)))
     assert shape == (1, 1, fit.chips // fit.tensor, fit.tensor)
-    shards, G = fit.chips // fit.tensor, config.grpo.samples_per_prompt
-    assert config.grpo.micro_batch_prompts == shards * fit.update_prompts
-    assert config.sft.micro_batch_size == min(64, shards * fit.update_prompts * G)
-    assert config.rollout.micro_batch_prompts <= shards * fit.rollout_prompts
+    G = config.grpo.samples_per_prompt
+    assert config.grpo.micro_batch_prompts == fit.update_prompts
+    assert config.sft.micro_batch_size == fit.update_prompts * G
+    assert config.rollout.micro_batch_prompts == fit.rollout_prompts
 
 
 @pytest.mark.parametrize("machine, size", CHOICES)
@@ -104,7 +104,7 @@ def test_what_must_lie_on_a_chip_at_the_same_time_leaves_room_on_it(machine, siz
     weights = num_params(model)
     state, tokens = 14 * weights / fit.chips, 2048 + 8 * 4096  # moments and reference too
     cache = 2 * 2 * model.num_layers * model.num_kv_heads * model.head_dim * tokens / fit.tensor
-    per_group = config.rollout.micro_batch_prompts * fit.tensor / fit.chips
+    per_group = min(fit.rollout_prompts, 64 * fit.tensor / fit.chips)
     rollout = state + 2 * weights / fit.tensor + per_group * cache
     update = state + 4 * weights / fit.chips
     assert max(rollout, update) < 0.95 * CHIPS[machine].hbm_bytes
@@ -167,7 +167,7 @@ def test_tpu_v4_has_the_numbers_of_the_paper():
 
 
 def test_the_batch_table_of_tpu_v4_states_the_papers_batch():
-    lines = re.sub(" +", " ", batch_table(config_of("tpu_v4"))).splitlines()
+    lines = re.sub(" +", " ", batch_table(config_of("tpu_v4"), 2)).splitlines()
     assert lines == [
         "GRPO prompts per step 64",
         " completions per step 64 x 8 = 512",

@@ -295,7 +295,6 @@ def test_the_state_is_donated_stays_in_place_and_three_steps_compile_once(sizes)
     assert update._cache_size() == 1
     assert int(state.updates) == 3
     assert np.isfinite(losses).all() and len(set(losses)) == 3
-    assert not any(x.is_deleted() for x in jax.tree.leaves(params))
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from typing import Any
 from gtalign_jax.aot.measure import Row
 from gtalign_jax.aot.topology import Topology, names
 from gtalign_jax.config import Config, check
-from gtalign_jax.model.sharding import check_model_fits, make_mesh
+from gtalign_jax.model.sharding import batch_shards, check_model_fits, make_mesh
 from gtalign_jax.model.spec import ModelConfig
 
 MICRO_BATCH = {  # program -> the key that cuts its batch
@@ -50,20 +50,21 @@ def flags(values: dict[str, Any]) -> str:
     return " ".join(f"--config.{key}={value}" for key, value in values.items())
 
 
-def whole_batch(config: Config, key: str) -> int:
-    """What the micro-batch `key` is a part of."""
+def whole_batch(config: Config, topology: Topology, key: str) -> int:
+    """The largest useful value of `key`; micro-batches are counted per batch shard."""
     grpo = config.grpo
+    shards = batch_shards(config.mesh, topology.chips, topology.slices)
     return {
-        "sft.micro_batch_size": config.sft.batch_size,
-        "grpo.micro_batch_prompts": grpo.prompts_per_step // grpo.minibatches,
-        "rollout.micro_batch_prompts": grpo.prompts_per_step,
+        "sft.micro_batch_size": config.sft.batch_size // shards,
+        "grpo.micro_batch_prompts": grpo.prompts_per_step // grpo.minibatches // shards,
+        "rollout.micro_batch_prompts": grpo.prompts_per_step // shards,
         "evaluate.batch_size": config.evaluate.batch_size,
     }[key]
 
 
 def micro_batches(config: Config, model: ModelConfig, topology: Topology, key: str) -> list[int]:
     """The values of `key` that a run on `topology` would accept, rising; the whole batch too."""
-    whole = whole_batch(config, key)
+    whole = whole_batch(config, topology, key)
     sizes = [n for n in range(1, whole + 1) if whole % n == 0]
     return [n for n in sizes if is_allowed(put(config, {key: n}), model, topology)]
 
@@ -104,7 +105,7 @@ def _smaller(row: Row, config: Config, model: ModelConfig, topology: Topology) -
     if row.name not in MICRO_BATCH:
         return
     key = MICRO_BATCH[row.name]
-    now = get(config, key) or whole_batch(config, key)
+    now = get(config, key) or whole_batch(config, topology, key)
     sizes = [n for n in micro_batches(config, model, topology, key) if n < now]
     room = (row.capacity - row.held) / max(row.temporaries + row.code, 1)
     good = [n for n in sizes if n <= now * room]

@@ -33,6 +33,7 @@ from gtalign_jax.rollout.sampler import Sampler, make_sampler
 from gtalign_jax.training import sft as sft_lib
 from gtalign_jax.training.collect import Collector
 from gtalign_jax.training.grpo import Batch
+from gtalign_jax.training.micro import piece_count
 from gtalign_jax.training.state import (
     OptimizerConfig,
     TrainState,
@@ -116,7 +117,7 @@ class _Run:
 
     @functools.cached_property
     def policy(self) -> Params:
-        """The float32 weights that a stage starts from; the run holds them until it has ended."""
+        """The float32 weights that a stage starts from, and takes over."""
         return self.params(self.train, jnp.float32)
 
     @functools.cached_property
@@ -130,6 +131,11 @@ class _Run:
 
     def state(self, cfg: OptimizerConfig, updates: int) -> TrainState:
         return abstract_state(self.model, make_optimizer(cfg, updates), self.train)
+
+    @property
+    def shards(self) -> int:
+        """Parts that a batch is cut into."""
+        return self.train.axis_size("prompts")
 
     @property
     def hosts(self) -> int:
@@ -200,7 +206,7 @@ def _sft(run: _Run) -> list[Program]:
     return [
         _start(run, "sft", cfg, cfg.steps, {}),
         _program("sft update", "sft", 0, update, (run.state(cfg, cfg.steps), batch),
-                 _sizes({"initial policy": run.policy}), work=_sft_work(run, T)),
+                 {}, work=_sft_work(run, T)),
     ]
 
 
@@ -212,9 +218,9 @@ def _sizes(held: Mapping[str, Any]) -> dict[str, int]:
 def _evaluate(run: _Run) -> list[Program]:
     """Sampling for held-out prompts, in the middle of GRPO if that happens, else between stages."""
     config, cfg = run.config, run.config.evaluate
-    held = {"initial policy": run.policy}
+    held = {"policy": run.policy}
     if "grpo" in config.stages and cfg.every_steps:
-        held |= {"state": run.state(config.grpo, run.updates), "reference": run.reference}
+        held = {"state": run.state(config.grpo, run.updates), "reference": run.reference}
     settings = dataclasses.replace(
         config.rollout, temperature=cfg.temperature, top_k=0, top_p=1.0
     )
@@ -250,8 +256,8 @@ def _grpo(run: _Run) -> list[Program]:
     sampler = make_sampler(run.model, config.rollout, G, STOP_IDS, run.rollout)
     collect = Collector(sampler, None, None, config.reward, run.rollout, config.rollout.filters)
     learner = Learner.make(run.model, cfg, collect, run.train, run.dtype, cfg.steps)
-    piece = config.rollout.micro_batch_prompts or Q
-    held = {"initial policy": run.policy, "reference": run.reference}
+    pieces = piece_count(Q, config.rollout.micro_batch_prompts, run.shards)
+    held = {"reference": run.reference}
     out = []
     if cfg.reference:
         cast = make_reshard(run.model, run.train, run.dtype)
@@ -262,7 +268,7 @@ def _grpo(run: _Run) -> list[Program]:
         _program("reshard", "grpo", 1, learner.reshard, (state.params,),
                  _sizes(held | {"optimizer": state.opt_state}),
                  work=roofline.reshard_work(run.model)),
-        *_sampling(run, sampler, "grpo", (piece, G), Q // piece,
+        *_sampling(run, sampler, "grpo", (Q // pieces, G), pieces,
                    _sizes(held | {"state": state})),
         *_rewards(run, Q * G // run.hosts),
         *_learning(run, learner, state),
@@ -287,13 +293,13 @@ def _batch(run: _Run, Q: int) -> Batch:
 def _learning(run: _Run, learner: Learner, state: TrainState) -> list[Program]:
     """Log-probabilities of the old policy and of the reference, and the update itself."""
     cfg, Q = run.config.grpo, run.config.grpo.prompts_per_step
-    policy, reference = {"initial policy": run.policy}, {"reference": run.reference}
+    reference = {"reference": run.reference}
     batch, part = _batch(run, Q), _batch(run, Q // cfg.minibatches)
     work, out = _logp_work(run, Q), []
     if cfg.needs_old_logp:
         out.append(_program(
             "old logp", "grpo", 1, learner.logps, (state.params, batch),
-            _sizes(policy | reference | {"optimizer": state.opt_state}), work=work,
+            _sizes(reference | {"optimizer": state.opt_state}), work=work,
         ))
     if cfg.old_logp == "sampler" or cfg.needs_old_logp:
         batch = batch.replace(old_logp_QGT=batch.sampler_logp_QGT)
@@ -301,14 +307,14 @@ def _learning(run: _Run, learner: Learner, state: TrainState) -> list[Program]:
     if cfg.reference:
         out.append(_program(
             "reference logp", "grpo", 1, learner.logps, (run.reference, batch),
-            _sizes(policy | {"state": state}), work=work,
+            _sizes({"state": state}), work=work,
         ))
         batch = batch.replace(ref_logp_QGT=batch.sampler_logp_QGT)
         part = part.replace(ref_logp_QGT=part.sampler_logp_QGT)
     whole = {"whole batch": batch} if cfg.minibatches > 1 else {}
     out.append(_program(
         "update", "grpo", cfg.updates_per_step, learner.one_update, (state, part),
-        _sizes(policy | reference | whole), work=_update_work(run, Q // cfg.minibatches),
+        _sizes(reference | whole), work=_update_work(run, Q // cfg.minibatches),
     ))
     return out
 
@@ -322,7 +328,7 @@ def _update_work(run: _Run, Q: int) -> Work:
     cfg, T = run.config.grpo, run.config.rollout.max_new_tokens
     return roofline.update_work(
         run.model, Q, cfg.samples_per_prompt, run.width, T, remat=cfg.remat,
-        micro_batches=Q // (cfg.micro_batch_prompts or Q),
+        micro_batches=piece_count(Q, cfg.micro_batch_prompts, run.shards),
     )
 
 
@@ -330,7 +336,7 @@ def _sft_work(run: _Run, T: int) -> Work:
     cfg = run.config.sft
     B = cfg.batch_size
     return roofline.update_work(run.model, B, 1, run.width, T, remat=cfg.remat,
-                                micro_batches=B // (cfg.micro_batch_size or B))
+                                micro_batches=piece_count(B, cfg.micro_batch_size, run.shards))
 
 
 def _rewards(run: _Run, rows: int) -> list[Program]:

@@ -165,6 +165,12 @@ def mesh_shape(cfg: MeshConfig, device_count: int, slices: int = 1) -> tuple[int
     return tuple(sizes)
 
 
+def batch_shards(cfg: MeshConfig, device_count: int, slices: int = 1) -> int:
+    """Into how many parts a batch is cut. Raises ValueError as `mesh_shape` does."""
+    sizes = dict(zip(MESH_AXES, mesh_shape(cfg, device_count, slices), strict=True))
+    return math.prod(sizes[axis] for axis in BATCH_AXES)
+
+
 def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over `devices` (default: all of them), axes `MESH_AXES`.
 

@@ -34,7 +34,7 @@ class SamplerConfig:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
-    micro_batch_prompts: int = 0  # prompts sampled at a time, to bound their caches; 0: all
+    micro_batch_prompts: int = 0  # sampled at a time per batch shard, to bound caches; 0: all
 
     def __post_init__(self) -> None:
         """Refuses what has no meaning at once: the sampler is made only after the cold start."""

@@ -28,7 +28,7 @@ from gtalign_jax.reward.rules import response_kind, right_kinds
 from gtalign_jax.reward.scoring import RewardConfig, Scores, score
 from gtalign_jax.rollout.filters import Filters
 from gtalign_jax.rollout.sampler import Rollout
-from gtalign_jax.training.micro import uncut
+from gtalign_jax.training.micro import piece_count, uncut
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ class Collector:
     reward: RewardConfig
     layout: Layout
     filters: Filters
-    micro_batch_prompts: int = 0  # prompts sampled at a time; 0: all
+    micro_batch_prompts: int = 0  # sampled at a time per batch shard; 0: all
 
     @property
     def sharding(self) -> NamedSharding:
@@ -97,7 +97,8 @@ class Collector:
     def roll(self, params: Any, batch: PromptBatch, key: jax.Array) -> Rollout:
         """Sampled completions, on the devices, cut by prompt."""
         Q = len(batch.lengths_Q)
-        pieces = Q // (self.micro_batch_prompts or Q)
+        shards = self.layout.axis_size("prompts")
+        pieces = piece_count(Q, self.micro_batch_prompts, shards)
         rollouts = []
         for i in range(pieces):  # strided, as `cut` does
             rows = (x[i::pieces] for x in (batch.tokens_QS, batch.lengths_Q, batch.index_Q))

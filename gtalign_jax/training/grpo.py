@@ -34,7 +34,7 @@ from gtalign_jax.pod import share
 from gtalign_jax.rollout.filters import UNFILTERED, Filters
 from gtalign_jax.training.logp import completion_logps, completion_mask
 from gtalign_jax.training.metrics import Mean
-from gtalign_jax.training.micro import accumulate, cut, uncut
+from gtalign_jax.training.micro import accumulate, cut, piece_count, uncut
 from gtalign_jax.training.state import (
     OptimizerConfig,
     TrainState,
@@ -58,7 +58,7 @@ class GRPOConfig(OptimizerConfig):
     steps: int = 150
     prompts_per_step: int = 64  # Q
     samples_per_prompt: int = 8  # G
-    micro_batch_prompts: int = 0  # prompts per forward/backward; 0: all of a minibatch
+    micro_batch_prompts: int = 0  # per forward/backward and batch shard; 0: all of a minibatch
     minibatches: int = 1  # optimizer updates per pass over a step's batch
     epochs: int = 1  # passes over a step's batch
     std: str = "group"  # "none": Dr. GRPO
@@ -254,9 +254,13 @@ def loss_and_grads(params: Params, batch: Batch, *, cfg: ModelConfig, grpo: GRPO
         (value, seen), grads = jax.value_and_grad(loss, has_aux=True)(params, *piece)
         return (value, grads, seen["means"]), seen["maxima"]
 
-    pieces = Q // (grpo.micro_batch_prompts or Q)
+    pieces = _pieces(Q, grpo, layout)
     (value, grads, means), maxima = accumulate(one, (batch, weights_QGT), pieces)
     return value, grads, {"means": means, "maxima": maxima}
+
+
+def _pieces(Q: int, grpo: GRPOConfig, layout: Layout | None) -> int:
+    return piece_count(Q, grpo.micro_batch_prompts, layout.axis_size("prompts") if layout else 1)
 
 
 def make_update(cfg: ModelConfig, grpo: GRPOConfig, optimizer: optax.GradientTransformation, *,
@@ -294,8 +298,7 @@ def make_logps(cfg: ModelConfig, grpo: GRPOConfig, *, layout: Layout,
                 filters=filters, logit_chunk=grpo.logit_chunk, dtype=dtype, layout=layout,
             )[0]
 
-        Q = batch.tokens_QGT.shape[0]
-        pieces = Q // (grpo.micro_batch_prompts or Q)
+        pieces = _pieces(batch.tokens_QGT.shape[0], grpo, layout)
         return one(batch) if pieces <= 1 else uncut(jax.lax.map(one, cut(batch, pieces)))
 
     return jax.jit(logps, out_shardings=layout.sharding("prompts"))

@@ -7,6 +7,14 @@ import jax
 import jax.numpy as jnp
 
 
+def piece_count(rows: int, micro: int, shards: int) -> int:
+    """Micro-batches that a batch of `rows` is cut into, with `micro` rows on each of `shards`.
+
+    One where `micro` is 0, or as large as a shard's whole part.
+    """
+    return max(rows // (micro * shards), 1) if micro else 1
+
+
 def cut(tree: Any, pieces: int) -> Any:
     """Cuts the leading axis of every leaf into `pieces`, strided: `[P, n / P, ...]`.
 

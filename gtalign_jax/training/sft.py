@@ -21,7 +21,7 @@ from gtalign_jax.model.sharding import Layout
 from gtalign_jax.model.spec import ModelConfig, Params
 from gtalign_jax.training.logp import completion_logps, completion_mask
 from gtalign_jax.training.metrics import Mean
-from gtalign_jax.training.micro import accumulate
+from gtalign_jax.training.micro import accumulate, piece_count
 from gtalign_jax.training.state import (
     OptimizerConfig,
     TrainState,
@@ -36,7 +36,7 @@ class SFTConfig(OptimizerConfig):
 
     steps: int = 100
     batch_size: int = 32  # rows per update
-    micro_batch_size: int = 0  # rows per forward/backward; 0: all
+    micro_batch_size: int = 0  # rows per forward/backward and batch shard; 0: all
     examples: str = "builtin"  # "builtin", or a JSONL file of {"messages", "completion"}
     max_completion_tokens: int = 1024
     logit_chunk: int = 128
@@ -78,7 +78,9 @@ def loss_and_grads(params: Params, batch: SFTBatch, *, cfg: ModelConfig, sft: SF
     def one(piece: tuple[SFTBatch, jax.Array]):
         return jax.value_and_grad(loss)(params, *piece), {}
 
-    (total, grads), _ = accumulate(one, (batch, weights_BT), B // (sft.micro_batch_size or B))
+    shards = layout.axis_size("prompts") if layout else 1
+    pieces = piece_count(B, sft.micro_batch_size, shards)
+    (total, grads), _ = accumulate(one, (batch, weights_BT), pieces)
     return total, grads
 
 

@@ -108,7 +108,7 @@ def new_state(params: Params, optimizer: optax.GradientTransformation) -> TrainS
 
 def make_state(params: Params, cfg: ModelConfig, optimizer: optax.GradientTransformation,
                layout: Layout) -> TrainState:
-    """`new_state`, laid out by rule, with copies: it may be donated while `params` lives on."""
+    """`new_state`, laid out by rule. It takes `params` over: they are deleted, not copied."""
     return make_start(cfg, optimizer, layout)(params)
 
 
@@ -116,9 +116,15 @@ def make_start(cfg: ModelConfig, optimizer: optax.GradientTransformation,
                layout: Layout) -> Callable[[Params], TrainState]:
     """The jitted function inside `make_state`."""
     return jax.jit(
-        lambda p: new_state(jax.tree.map(jnp.copy, p), optimizer),
+        lambda p: new_state(p, optimizer), donate_argnums=0,
         out_shardings=state_shardings(cfg, optimizer, layout),
     )
+
+
+def discard(params: Params) -> None:
+    """Frees weights that nobody needs any more, whoever still holds them."""
+    for x in jax.tree.leaves(params):
+        x.delete()
 
 
 def abstract_state(cfg: ModelConfig, optimizer: optax.GradientTransformation,

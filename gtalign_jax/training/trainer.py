@@ -22,6 +22,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from gtalign_jax.data.batches import PromptBatch, PromptSet
@@ -126,7 +127,8 @@ def host_metrics(seen: list[dict[str, dict[str, Any]]]) -> dict[str, float]:
 
 def make_reshard(cfg: ModelConfig, layout: Layout, dtype: Any) -> Callable[[Params], Params]:
     """The jitted cast and move of the weights to where and how rollout needs them, once a step."""
-    cast = lambda params: jax.tree.map(lambda w: w.astype(dtype), params)  # noqa: E731
+    # A copy even where nothing changes: the weights that it was made of will be donated.
+    cast = lambda params: jax.tree.map(lambda w: jnp.copy(w.astype(dtype)), params)  # noqa: E731
     return jax.jit(cast, out_shardings=param_shardings(cfg, layout))
 
 
