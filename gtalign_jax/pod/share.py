@@ -64,8 +64,8 @@ def fetch(tree: Any, sharding: Sharding) -> tuple[np.ndarray, Any]:
 
 
 def _rows_of(x: jax.Array | np.ndarray, rows: np.ndarray) -> np.ndarray:
-    if not isinstance(x, jax.Array) or x.is_fully_addressable:
-        return np.asarray(x)[rows]
+    if not isinstance(x, jax.Array):
+        return x[rows]
     out, found = np.empty((len(rows), *x.shape[1:]), x.dtype), np.zeros(len(rows), bool)
     for shard in x.addressable_shards:
         if shard.data.shape[1:] != x.shape[1:]:
