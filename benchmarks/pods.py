@@ -53,15 +53,12 @@ class Case:
 
 
 def scaled(machine: str, size: str, slice_name: str, slices: int, chips: int) -> Case:
-    """The same work per chip on more chips: a layout's batch grows with them."""
+    """The same work per chip on more chips: the batch grows with them."""
     fit = FITS[machine][size]
     prompts = PROMPTS * chips // fit.chips
-    shards = chips // fit.tensor
     return Case(machine, size, slice_name, slices, (
         f"--config.grpo.prompts_per_step={prompts}",
-        f"--config.grpo.micro_batch_prompts={min(prompts, shards * fit.update_prompts)}",
-        f"--config.rollout.micro_batch_prompts={min(prompts, shards * fit.rollout_prompts)}",
-        f"--config.evaluate.batch_size={shards}",
+        f"--config.evaluate.batch_size={prompts}",
     ))
 
 

@@ -18,7 +18,7 @@ from gtalign_jax.training import collect, grpo, sft, trainer
 # Wide enough for weights to outweigh what nobody counts (keys, advantages, a step's tokens).
 WIDE = {
     "model__d_model": 256, "model__d_ff": 1024, "model__num_layers": 2, "model__head_dim": 64,
-    "grpo__steps": 1, "sft__steps": 1, "rollout__micro_batch_prompts": 8,
+    "grpo__steps": 1, "sft__steps": 1, "rollout__micro_batch_prompts": 2,
     "grpo__prompts_per_step": 16, "mesh__fsdp": 4, "mesh__tensor": 2,
     "grpo__minibatches": 2, "model__compute_dtype": "bfloat16",
 }

@@ -84,32 +84,32 @@ def test_a_program_that_the_compiler_refuses_does_not_fit_whatever_it_counted():
 
 
 def test_too_many_activations_are_mended_by_smaller_pieces_recomputation_or_more_chips():
-    """Room for 10 of 40 GiB: a quarter of 16 prompts, and 4 is what four chips can share."""
-    config = small(grpo__micro_batch_prompts=16)
+    """Room for 10 of 40 GiB: a quarter of the 4 prompts that each chip has."""
+    config = small(grpo__micro_batch_prompts=4)
     problem, = judged([row(arguments=20.75, temporaries=40)], config).problems
     advice = "; ".join(problem.knobs)
-    assert problem.knobs[0] == "--config.grpo.micro_batch_prompts=4 (now 16)"
+    assert problem.knobs[0] == "--config.grpo.micro_batch_prompts=1 (now 4)"
     assert "--config.grpo.remat=full" in advice and "--topology=v4-16" in advice
-    assert "--config.mesh.tensor=2 --config.grpo.micro_batch_prompts=2" in advice
+    assert "--config.mesh.tensor=2 --config.grpo.micro_batch_prompts=1" in advice
     # Nothing to cut any more, and all recomputed: only the mesh and the machine are left.
-    config = small(grpo__micro_batch_prompts=4, grpo__remat="full")
+    config = small(grpo__micro_batch_prompts=1, grpo__remat="full")
     problem, = judged([row(arguments=20.75, temporaries=40)], config).problems
     assert not any(k.startswith("--config.grpo") for k in problem.knobs)
 
 
 def test_too_many_weights_are_not_mended_by_smaller_pieces():
-    config = small(grpo__micro_batch_prompts=16, mesh__data=2)
+    config = small(grpo__micro_batch_prompts=4, mesh__data=2)
     fills = row(arguments=31, temporaries=1, resident={"reference": 2})
     problem, = judged([fills], config).problems
     advice = "; ".join(problem.knobs)
-    assert "remat" not in advice and "(now 16)" not in advice
+    assert "remat" not in advice and "(now 4)" not in advice
     assert problem.knobs[0].startswith("--config.mesh.data=1 --config.mesh.fsdp=-1")
     assert "--config.grpo.reference=False --config.grpo.beta=0.0" in advice
 
 
 @pytest.mark.parametrize("name, expected", [
-    ("decode", "--config.rollout.micro_batch_prompts=4 (now 16)"),
-    ("sft update", "--config.sft.micro_batch_size=4 (now 8)"),
+    ("decode", "--config.rollout.micro_batch_prompts=1 (now 4)"),
+    ("sft update", "--config.sft.micro_batch_size=1 (now 2)"),
     ("evaluate decode", "--config.evaluate.batch_size=4 (now 8)"),
 ])
 def test_each_program_is_cut_by_its_own_key(name, expected):
@@ -166,35 +166,34 @@ def test_the_largest_size_that_fits_is_found_in_few_tries():
 
 
 def test_fit_takes_the_fastest_policy_whose_programs_all_fit():
-    """Memory by hand: a prompt costs 4 GiB kept whole, 1 recomputed; decode 2, its prefill 3."""
-    cost = {"none": 4.0, "dots": 2.0, "attention": 1.5, "full": 1.0}
+    """Memory by hand: a prompt costs a chip 10 GiB kept whole, 3 to 7 recomputed; the rollout's own
+    4 in all 8 GiB of decode and 40 of prefill. Each chip has 4 prompts, and room for 30.75 GiB."""
+    cost = {"none": 10.0, "dots": 8.0, "attention": 7.0, "full": 3.0}
     speed = {"none": 1.0, "dots": 3.0, "attention": 2.0, "full": 4.0}
 
     def compile_one(config, name):
-        grpo, pieces = config.grpo, 16 // config.grpo.micro_batch_prompts
-        seconds, used = {
-            # "none" fits 4 prompts at a time: slow for its 4 passes over the weights
-            "update": lambda: (speed[grpo.remat] + pieces, cost[grpo.remat]),
-            "reference logp": lambda: (1.0, 0.1),
-            "old logp": lambda: (0.0, 0.0),
-            "decode": lambda: (1.0, 2.0 * config.rollout.micro_batch_prompts / 16),
-            "prefill": lambda: (1.0, 3.0 * config.rollout.micro_batch_prompts / 16),
-        }[name]()
-        prompts = grpo.micro_batch_prompts if name == "update" else 16
+        prompts, remat = config.grpo.micro_batch_prompts, config.grpo.remat
+        drawn = config.rollout.micro_batch_prompts
         if name == "old logp":
             return None
-        return row(name, temporaries=prompts * used, times=Times(0, 0, 0, 0, seconds))
+        memory, seconds = {
+            "update": (cost[remat] * prompts, speed[remat] + 4 / prompts),
+            "reference logp": (0.1, 1.0),
+            "decode": (2.0 * drawn, 1.0),
+            "prefill": (10.0 * drawn, 1.0),
+        }[name]
+        return row(name, temporaries=memory, times=Times(0, 0, 0, 0, seconds))
 
     config = small()
     found = fit.search(config, model_sizes(config.model), describe("v4-8"), compile_one)
-    # none: 4 prompts, 1 + 4 s; dots: 8 (16 take 32 GiB), 3 + 2; attention: 16, 2 + 1; full: 4 + 1
+    # none: 2 prompts (4 take 40 GiB) in 1 + 2 s; dots: 2 in 3 + 2; attention: 4 in 2 + 1, as fast
+    # as none and larger; full: 4 in 4 + 1.
     assert found.values == {
-        "grpo.micro_batch_prompts": 16, "grpo.remat": "attention",
-        "rollout.micro_batch_prompts": 8,  # 8 of 16: prefill 24 GiB; all 16 would take 48
+        "grpo.micro_batch_prompts": 4, "grpo.remat": "attention", "rollout.micro_batch_prompts": 2,
     }
     assert found.flags.split() == [
-        "--config.grpo.micro_batch_prompts=16", "--config.grpo.remat=attention",
-        "--config.rollout.micro_batch_prompts=8",
+        "--config.grpo.micro_batch_prompts=4", "--config.grpo.remat=attention",
+        "--config.rollout.micro_batch_prompts=2",
     ]
 
 
