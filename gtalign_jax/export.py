@@ -19,7 +19,7 @@ from pathlib import Path
 import jax
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from gtalign_jax.config import Config, ConfigError, load_run_config
+from gtalign_jax.config import CONFIG_FILE, Config, ConfigError, load_run_config
 from gtalign_jax.data.chat import load_tokenizer, render_chat, stop_ids
 from gtalign_jax.game.chain import KEYS, SYSTEM, render
 from gtalign_jax.model import hf, load
@@ -29,6 +29,7 @@ from gtalign_jax.model.spec import ModelConfig, Params, abstract_params, num_par
 from gtalign_jax.pod import exchange
 from gtalign_jax.pod.exchange import is_first
 from gtalign_jax.training.checkpoint import Checkpointer, CheckpointError
+from gtalign_jax.workdir import Files, is_dir, local
 
 TRAINING_STAGES = ("grpo", "sft")  # the last one that has a checkpoint is exported
 GENERATION_FILE = "generation_config.json"
@@ -43,7 +44,7 @@ def checkpoint_dir(workdir: str | Path, stage: str) -> str:
 def find_tokenizer(config: Config, workdir: str | Path) -> str:
     """The directory of a run's tokenizer: the model's own, or the one trained in the run."""
     source = config.model.tokenizer or config.model.path
-    return load.resolve(source) if source else str(Path(workdir) / "tokenizer")
+    return load.resolve(source) if source else str(local(workdir) / "tokenizer")
 
 
 def restore_policy(
@@ -60,7 +61,7 @@ def restore_policy(
     stages = [stage] if stage else list(TRAINING_STAGES)
     for name in stages:
         directory = checkpoint_dir(workdir, name)
-        if not exchange.broadcast(Path(directory).is_dir(), "checkpoint directory"):
+        if not exchange.broadcast(is_dir(directory), "checkpoint directory"):
             continue
         with contextlib.closing(
             Checkpointer(directory, config.checkpoint, None, read_only=True)
@@ -147,7 +148,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax warns that a reader only reads
     try:
-        config = load_run_config(args.workdir)
+        files = Files(args.workdir)
+        for name in (CONFIG_FILE, "tokenizer"):
+            files.pull(name)
+        config = load_run_config(files.directory)
         params, model, what = restore_policy(args.workdir, config, args.stage, args.step)
         write(params, model, config, find_tokenizer(config, args.workdir), args.out)
     except (FileNotFoundError, ConfigError, CheckpointError, ValueError) as error:

@@ -109,7 +109,7 @@ def run_grpo(session: Session, policy: Params, checkpoints: Checkpointer) -> Tra
             means = evaluate_policy(session, state.params, f"step {step}")
             session.metrics.write("evaluate", step, means)
 
-    with contextlib.closing(RolloutLog(config.workdir, enabled=is_first())) as rollouts:
+    with contextlib.closing(RolloutLog(session.files.directory, enabled=is_first())) as rollouts:
         return train_grpo(
             session.stage("grpo", cfg.steps, checkpoints), fresh, abstract,
             reference, session.train,
@@ -138,7 +138,7 @@ def evaluate_policy(session: Session, params: Params, label: str) -> dict[str, f
     with session.watch.phase("evaluate"):
         results, rows = evaluate(reshard(params), collect, session.test, config.evaluate, key)
         if is_first():
-            _save_evaluation(Path(config.workdir) / "evaluations.jsonl", label, rows)
+            _save_evaluation(session.files.directory / "evaluations.jsonl", label, rows)
     session.console.say(
         f"{label}: {len(rows)} held-out completions in {time.perf_counter() - began:.1f}s | "
         f"{step_line(results)}"
@@ -167,7 +167,9 @@ def run(config: Config) -> dict[str, dict[str, float]]:
         with contextlib.closing(session.metrics):
             past = _past_results(session) if is_first() else None
             results = exchange.broadcast(past, "past results")
-            return _finish(session, _train(session, results), results)
+            results = _finish(session, _train(session, results), results)
+        session.push()
+        return results
 
 
 def _past_results(session: Session) -> dict[str, dict[str, float]]:
@@ -175,7 +177,7 @@ def _past_results(session: Session) -> dict[str, dict[str, float]]:
 
     What training depends on is not asked here: its results stand beside checkpoints that are.
     """
-    workdir, prints = Path(session.config.workdir), session.fingerprint
+    workdir, prints = session.files.directory, session.fingerprint
     about = {k: v for k, v in prints.items() if k.startswith(("seed", "model", "reward", "judge"))}
     held_out = [[p.id, p.question] for p in (session.test.prompts if session.test else ())]
     identity = {k: prints["identity"][k] for k in ("model", "tokenizer")}
@@ -231,9 +233,9 @@ def _finish(session: Session, policy: Params | None,
         if session.test is not None:
             results[label] = evaluate_policy(session, policy, label)
     if "grpo" in config.stages and is_first():
-        session.console.say(f"curves: {plots.welfare_curves(config.workdir)}")
+        session.console.say(f"curves: {plots.welfare_curves(session.files.directory)}")
     if "export" in config.stages:
-        out = f"{config.workdir}/hf"
+        out = session.files.directory / "hf"
         with session.watch.phase("export"):
             export.write(policy, session.model, config, session.tokenizer_dir, out)
         session.console.say(f"exported: {out}")
@@ -244,4 +246,4 @@ def _finish(session: Session, policy: Params | None,
 
 def _save_results(session: Session, results: dict[str, dict[str, float]]) -> str:
     """Saves what was evaluated so far; returns it as a table. Only process 0 does so."""
-    return plots.save_results(session.config.workdir, results) if is_first() else ""
+    return plots.save_results(session.files.directory, results) if is_first() else ""

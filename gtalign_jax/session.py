@@ -52,6 +52,7 @@ from gtalign_jax.training.checkpoint import Checkpointer
 from gtalign_jax.training.collect import Collector
 from gtalign_jax.training.metrics import Console, MetricsWriter
 from gtalign_jax.training.trainer import Stage, make_reshard
+from gtalign_jax.workdir import Files, is_dir, is_remote
 
 TOKENIZER_CORPUS = 2000  # training prompts, with a chain each, that a new tokenizer is learnt from
 SFT_KEYS = ("seed", "model.", "data.", "sft.", "identity")  # what a cold start depends on
@@ -75,6 +76,7 @@ class Session:
     metrics: MetricsWriter
     console: Console
     watch: Watch
+    files: Files
     fingerprint: dict[str, Any]
 
     @contextlib.contextmanager
@@ -94,9 +96,14 @@ class Session:
             raise
         opened.close()
 
+    def push(self) -> None:
+        """Sends the run's files to where the work directory is, if that is not here."""
+        if is_first():
+            self.files.push()
+
     def stage(self, name: str, steps: int, checkpoints: Checkpointer, log_every: int = 1) -> Stage:
         return Stage(name, steps, self.config.seed, checkpoints, self.config.checkpoint,
-                     self.metrics, self.console, self.watch, log_every)
+                     self.metrics, self.console, self.watch, self.push, log_every)
 
     @functools.cached_property
     def evaluation(self) -> tuple[Collector, Any]:
@@ -124,7 +131,7 @@ class Session:
 def open_session(config: Config, watch: Watch) -> Session:
     """Everything before the first step. Raises ValueError and the like with a text for the user."""
     check(config, jax.device_count(), slice_count(jax.devices()))
-    share.check_shared(config.workdir)
+    files = _files(config)
     if jax.default_backend() != "cpu":  # a CPU's programs are quick to compile, and not portable
         jax.config.update("jax_compilation_cache_dir", f"{config.workdir}/compiled")
     mesh = make_mesh(config.mesh)
@@ -132,7 +139,7 @@ def open_session(config: Config, watch: Watch) -> Session:
     held_out = load_prompts(config.data, "test") if "evaluate" in config.stages else []
     for source in sorted({prompt.data_source for prompt in (*prompts, *held_out)}):
         task_of(source)
-    tokenizer, tokenizer_dir = _tokenizer(config, prompts)
+    tokenizer, tokenizer_dir = _tokenizer(config, prompts, files)
     model = load.model_config(config.model, len(tokenizer))
     check_model_fits(model, mesh)
     limit = config.data.max_prompt_tokens
@@ -148,14 +155,25 @@ def open_session(config: Config, watch: Watch) -> Session:
         train_layout=Layout(mesh, TRAIN, config.model.attention),
         rollout_layout=Layout(mesh, ROLLOUT, config.model.attention),
         dtype=jnp.dtype(config.model.compute_dtype),
-        metrics=MetricsWriter(config.workdir, enabled=is_first()),
+        metrics=MetricsWriter(files.directory, enabled=is_first()),
         console=Console(enabled=is_first()),
         watch=watch,
+        files=files,
         fingerprint=fingerprint(config, identity=_identity(config, model, tokenizer, prompts)),
     )
     _claim(session)
     _greet(session)
     return session
+
+
+def _files(config: Config) -> Files:
+    """The work directory, which every process sees, or process 0's copy of a remote one."""
+    files = Files(config.workdir)
+    if not is_remote(config.workdir):
+        share.check_shared(config.workdir)
+    elif is_first():
+        files.pull()
+    return files
 
 
 def _claim(session: Session) -> None:
@@ -171,7 +189,7 @@ def _claim(session: Session) -> None:
     })
     begun = [
         stage for stage in export.TRAINING_STAGES
-        if stage in config.stages and Path(export.checkpoint_dir(config.workdir, stage)).is_dir()
+        if stage in config.stages and is_dir(export.checkpoint_dir(config.workdir, stage))
     ]
     for stage in exchange.broadcast(begun, "stages begun"):
         # Only to read: a writer sweeps up after a killed save in the background, and two such
@@ -179,7 +197,8 @@ def _claim(session: Session) -> None:
         with session.checkpoints(stage, read_only=True) as checkpoints:
             checkpoints.check()
     if is_first():
-        save_run_info(config.workdir, config)
+        save_run_info(session.files.directory, config)
+        session.push()
 
 
 def _greet(session: Session) -> None:
@@ -197,7 +216,8 @@ def _greet(session: Session) -> None:
     )
 
 
-def _tokenizer(config: Config, prompts: list[Prompt]) -> tuple[PreTrainedTokenizerBase, str]:
+def _tokenizer(config: Config, prompts: list[Prompt],
+               files: Files) -> tuple[PreTrainedTokenizerBase, str]:
     """The model's own tokenizer; for a model that starts from nothing, one trained here, once."""
     directory = export.find_tokenizer(config, config.workdir)
     is_own = config.model.tokenizer or config.model.path
@@ -210,7 +230,10 @@ def _tokenizer(config: Config, prompts: list[Prompt]) -> tuple[PreTrainedTokeniz
             # Beside a Qwen2 config transformers cuts words its own way, and JSON keys with them.
             chain_pieces=config.model.family != "qwen2",
         )
+        files.push()
     exchange.broadcast(None, "tokenizer")  # it is there now
+    if not is_first():
+        files.pull("tokenizer")
     return load_tokenizer(directory), directory
 
 

@@ -59,6 +59,7 @@ class Stage:
     metrics: MetricsWriter
     console: Console
     watch: Watch
+    push: Callable[[], None] = lambda: None  # what is to be done with the files before each save
     log_every: int = 1  # steps between lines on the console; the files get every step
 
     def resume(self, fresh: Callable[[], TrainState],
@@ -96,6 +97,7 @@ class Stage:
                 _check_finite(self.name, step + 1, metrics)
                 if (step + 1) % self.checkpoint.every == 0 or step + 1 == self.steps:
                     with self.watch.phase("save", step + 1):
+                        self.push()
                         self.checkpoints.save(step + 1, {"state": state, "key": key})
                 if after is not None:
                     after(step + 1, state)
