@@ -83,8 +83,7 @@ def search(config: Config, model: ModelConfig, topology: Topology,
            say: Callable[[str], None]) -> Config:
     """The config with the largest micro-batches that fit; prints the flags that set them."""
     def one(program: Program, tried: Config) -> Row:
-        micro = {key: value for key, value in fit.settings(tried).items()}
-        return _compile(program, tried, topology, say, f"{micro} ")
+        return _compile(program, tried, topology, say, f"{fit.tried(tried, program.name)}: ")
 
     found = fit.search(config, model, topology, fit.compiler(model, topology, one))
     for key in found.missing:

@@ -204,6 +204,24 @@ def test_fit_says_for_which_key_nothing_fits():
     assert found == fit.Found({}, ("grpo.micro_batch_prompts", "rollout.micro_batch_prompts"))
 
 
+def test_what_the_search_compiles_is_compiled_once_for_each_setting():
+    seen = []
+    config = small(grpo__prompts_per_step=4)
+
+    def measured(program, tried):
+        seen.append((program.name, fit.tried(tried, program.name)))
+        return row(program.name, temporaries=1, times=Times(0, 0, 0, 0, 1.0))
+
+    model, topology = model_sizes(config.model), describe("v4-8")
+    found = fit.search(config, model, topology, fit.compiler(model, topology, measured))
+    assert found.values["grpo.micro_batch_prompts"] == 1 and not found.missing
+    policies = ("none", "full", "dots", "attention")
+    assert [text for name, text in seen if name == "update"] == [
+        f"grpo.micro_batch_prompts=1, grpo.remat={policy}" for policy in policies
+    ]
+    assert len(seen) == len(set(seen)) == 2 * len(policies) + 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["v4-8", "v5e-8", "v5p-8", "v6e-8"])
 def test_update_and_decode_compile_for_every_generation(name):

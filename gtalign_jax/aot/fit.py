@@ -9,9 +9,9 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from gtalign_jax.aot.knobs import flags, micro_batches, put
+from gtalign_jax.aot.knobs import flags, get, micro_batches, put
 from gtalign_jax.aot.measure import Row
-from gtalign_jax.aot.programs import programs
+from gtalign_jax.aot.programs import Program, programs
 from gtalign_jax.aot.topology import Topology
 from gtalign_jax.config import Config
 from gtalign_jax.model.forward import REMAT_POLICIES
@@ -95,7 +95,8 @@ def _largest_of(config: Config, key: str, sizes: Sequence[int], wanted: Sequence
     return None if best is None else (best, seconds[best])
 
 
-def compiler(model: ModelConfig, topology: Topology, measure: Callable[[Any], Row]) -> Compile:
+def compiler(model: ModelConfig, topology: Topology,
+             measure: Callable[[Program, Config], Row]) -> Compile:
     """A `Compile` that compiles nothing twice."""
     done: dict[tuple[Config, str], Row | None] = {}
 
@@ -103,7 +104,14 @@ def compiler(model: ModelConfig, topology: Topology, measure: Callable[[Any], Ro
         if (config, name) not in done:
             mesh = make_mesh(config.mesh, topology.devices)
             named = {program.name: program for program in programs(config, model, mesh)}
-            done[config, name] = measure(named[name]) if name in named else None
+            done[config, name] = measure(named[name], config) if name in named else None
         return done[config, name]
 
     return compile_one
+
+
+def tried(config: Config, name: str) -> str:
+    """The searched settings that decide about the program `name`, as text."""
+    keys = [key for _, micro, remat, wanted in SEARCHES if name in wanted
+            for key in (micro, remat) if key is not None]
+    return ", ".join(f"{key}={get(config, key)}" for key in keys)
