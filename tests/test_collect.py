@@ -9,6 +9,7 @@ import runs
 
 from gtalign_jax.data.prompt import Prompt
 from gtalign_jax.game.chain import render
+from gtalign_jax.pod import share
 from gtalign_jax.reward.judges import Judgement
 from gtalign_jax.reward.scoring import RewardConfig
 from gtalign_jax.rollout.sampler import Rollout
@@ -44,6 +45,21 @@ def experience(monkeypatch):
         slots=np.array(12),
     )
     return collector.assess(types.SimpleNamespace(prompts=tuple(PROMPTS)), np.arange(2), rollout)
+
+
+def test_a_process_without_rows_of_its_own_adds_nothing_to_the_whole(experience, monkeypatch):
+    """Where an axis that cuts no batch crosses processes, only one of them owns the prompts."""
+    def judge(requests):
+        raise AssertionError("there is nothing to ask about")
+
+    collector = Collector(None, None, judge, RewardConfig(math="judge"), None, None)
+    nothing = Rollout(np.zeros((0, 2, 3), int), np.zeros((0, 2, 3)), np.zeros((0, 2), int),
+                      np.zeros((0, 2), bool), np.array(12))
+    batch = types.SimpleNamespace(prompts=tuple(PROMPTS))
+    empty = collector.assess(batch, np.arange(0), nothing)
+    whole = share.in_order([(part.rows_B, part) for part in (experience, empty)])
+    assert log_rows(whole) == log_rows(experience)
+    assert summarise(whole) == summarise(experience)
 
 
 def test_texts_are_the_tokens_up_to_each_length_in_the_order_of_prompts(experience):

@@ -122,13 +122,12 @@ class Collector:
 
     def assess(self, batch: PromptBatch, at_Q: np.ndarray, rollout: Rollout) -> Experience:
         """Text and scores of completions on the host, of the prompts number `at_Q` of the batch."""
-        G = rollout.tokens_QGT.shape[1]
+        Q, G, T = rollout.tokens_QGT.shape
         prompts = tuple(batch.prompts[q] for q in at_Q for _ in range(G))
         texts = tuple(
             decode(self.tokenizer, ids[:length])
             for ids, length in zip(
-                rollout.tokens_QGT.reshape(len(prompts), -1), rollout.lengths_QG.reshape(-1),
-                strict=True,
+                rollout.tokens_QGT.reshape(Q * G, T), rollout.lengths_QG.reshape(-1), strict=True
             )
         )
         scores = score(prompts, texts, self.judge, self.reward)

@@ -216,7 +216,7 @@ def _mention_truncation(part: float, limit: int) -> None:
     """Said once for each tenth of the completions, not at every step (R28)."""
     if part > 0.1:
         _warn_once(
-            f"more than {math.floor(10 * part) * 10} % of the completions were cut at "
+            f"more than {min(math.floor(10 * part) * 10, 90)} % of the completions were cut at "
             f"rollout.max_new_tokens={limit}: they have no response to score; raise the limit, or "
             "keep them out of the loss with grpo.mask_truncated=True"
         )
