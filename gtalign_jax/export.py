@@ -29,7 +29,7 @@ from gtalign_jax.model.spec import ModelConfig, Params, abstract_params, num_par
 from gtalign_jax.pod import exchange
 from gtalign_jax.pod.exchange import is_first
 from gtalign_jax.training.checkpoint import Checkpointer, CheckpointError
-from gtalign_jax.workdir import Files, is_dir, local
+from gtalign_jax.workdir import Files, is_dir, local, to_write
 
 TRAINING_STAGES = ("grpo", "sft")  # the last one that has a checkpoint is exported
 GENERATION_FILE = "generation_config.json"
@@ -153,7 +153,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             files.pull(name)
         config = load_run_config(files.directory)
         params, model, what = restore_policy(args.workdir, config, args.stage, args.step)
-        write(params, model, config, find_tokenizer(config, args.workdir), args.out)
+        with to_write(args.out) as out:
+            write(params, model, config, find_tokenizer(config, args.workdir), out)
     except (FileNotFoundError, ConfigError, CheckpointError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

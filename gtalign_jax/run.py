@@ -42,6 +42,7 @@ from gtalign_jax.training.state import (
     named_key,
 )
 from gtalign_jax.training.trainer import make_reshard, train_grpo, train_sft
+from gtalign_jax.workdir import to_write
 
 log = logging.getLogger(__name__)
 
@@ -108,6 +109,7 @@ def run_grpo(session: Session, policy: Params, checkpoints: Checkpointer) -> Tra
         if every and step % every == 0 and step < cfg.steps:
             means = evaluate_policy(session, state.params, f"step {step}")
             session.metrics.write("evaluate", step, means)
+            session.push()  # the save of this step came before: it would not be evaluated again
 
     with contextlib.closing(RolloutLog(session.files.directory, enabled=is_first())) as rollouts:
         return train_grpo(
@@ -164,12 +166,10 @@ def run(config: Config) -> dict[str, dict[str, float]]:
     """
     with Watch(config.pod) as watch:
         session = open_session(config, watch)
-        with contextlib.closing(session.metrics):
+        with session.pushed(), contextlib.closing(session.metrics):
             past = _past_results(session) if is_first() else None
             results = exchange.broadcast(past, "past results")
-            results = _finish(session, _train(session, results), results)
-        session.push()
-        return results
+            return _finish(session, _train(session, results), results)
 
 
 def _past_results(session: Session) -> dict[str, dict[str, float]]:
@@ -187,6 +187,7 @@ def _past_results(session: Session) -> dict[str, dict[str, float]]:
     if session.test is not None and (not mark.exists() or mark.read_text() != digest):
         (workdir / plots.RESULTS_FILE).unlink(missing_ok=True)
         mark.write_text(digest)
+        session.push()
     return plots.read_results(workdir)
 
 
@@ -198,6 +199,7 @@ def _train(session: Session, results: dict[str, dict[str, float]]) -> Params | N
         if session.test is not None and label not in results:
             results[label] = evaluate_policy(session, params, label)
             _save_results(session, results)
+            session.push()
 
     for name, stage, steps, before, after in (
         ("sft", run_sft, config.sft.steps, plots.BEFORE, plots.COLD_START),
@@ -233,12 +235,13 @@ def _finish(session: Session, policy: Params | None,
         if session.test is not None:
             results[label] = evaluate_policy(session, policy, label)
     if "grpo" in config.stages and is_first():
-        session.console.say(f"curves: {plots.welfare_curves(session.files.directory)}")
+        curves = plots.welfare_curves(session.files.directory)
+        session.console.say(f"curves: {config.workdir}/{curves.name}")
     if "export" in config.stages:
-        out = session.files.directory / "hf"
-        with session.watch.phase("export"):
+        hf = f"{config.workdir}/hf"
+        with session.watch.phase("export"), to_write(hf) as out:
             export.write(policy, session.model, config, session.tokenizer_dir, out)
-        session.console.say(f"exported: {out}")
+        session.console.say(f"exported: {hf}")
     if results:
         session.console.say(_save_results(session, results))
     return results

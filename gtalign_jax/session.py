@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,9 @@ from gtalign_jax.training.checkpoint import Checkpointer
 from gtalign_jax.training.collect import Collector
 from gtalign_jax.training.metrics import Console, MetricsWriter
 from gtalign_jax.training.trainer import Stage, make_reshard
-from gtalign_jax.workdir import Files, is_dir, is_remote
+from gtalign_jax.workdir import Files, TransferError, is_dir, is_remote
+
+log = logging.getLogger(__name__)
 
 TOKENIZER_CORPUS = 2000  # training prompts, with a chain each, that a new tokenizer is learnt from
 SFT_KEYS = ("seed", "model.", "data.", "sft.", "identity")  # what a cold start depends on
@@ -99,7 +102,22 @@ class Session:
     def push(self) -> None:
         """Sends the run's files to where the work directory is, if that is not here."""
         if is_first():
+            self.metrics.flush()
             self.files.push()
+
+    @contextlib.contextmanager
+    def pushed(self) -> Iterator[None]:
+        """Pushes at the end, also at that of a run that fails: its logs tell why."""
+        try:
+            yield
+        except BaseException as error:
+            if not isinstance(error, TransferError):  # storage was asked often enough then
+                try:
+                    self.push()
+                except TransferError as other:
+                    log.warning("%s", other)
+            raise
+        self.push()
 
     def stage(self, name: str, steps: int, checkpoints: Checkpointer, log_every: int = 1) -> Stage:
         return Stage(name, steps, self.config.seed, checkpoints, self.config.checkpoint,

@@ -149,6 +149,11 @@ class MetricsWriter:
         self._lines.truncate(stage, step)
         self._board(stage, step + 1)
 
+    def flush(self) -> None:
+        """What was written is in the files; of TensorBoard's, but for the last moment's."""
+        for board in self._boards.values():
+            board.flush()
+
     def close(self) -> None:
         if self._lines is not None:
             self._lines.close()
