@@ -158,8 +158,38 @@ def _finish(x: jax.Array, attended: jax.Array, w: Layers, cfg: ModelConfig) -> j
     return x + jnp.einsum("...F,FD->...D", jax.nn.silu(gate) * up, w.down_LFD)
 
 
-def _embed(params: Params, tokens: jax.Array) -> jax.Array:
-    return jnp.take(params.embed_VD, tokens, axis=0)
+def _embed(params: Params, tokens: jax.Array, layout: Layout | None = None) -> jax.Array:
+    """Embeddings `[..., D]` of token ids; `layout` where the table is cut as in training."""
+    if layout is None or layout.rules.embed is None:
+        return jnp.take(params.embed_VD, tokens, axis=0)
+    return _embed_by_parts(params.embed_VD, tokens, layout)
+
+
+def _embed_by_parts(table_VD: jax.Array, tokens_QW: jax.Array, layout: Layout) -> jax.Array:
+    """Every device looks all tokens up in its own columns; then columns change over to positions.
+
+    By hand, since XLA would sum the table's gradient whole on every device. Here each device has
+    its columns' gradient at once, and what travels are the positions' embeddings.
+    """
+    columns = layout.rules.embed
+    # (mesh axis, array axis that it cuts, of [Q, W, D]): the last one cuts columns finest.
+    cuts = [(axis, 1 if axis == layout.rules.sequence else 0) for axis in columns]
+
+    def local(table_VD, tokens_QW):
+        for axis, at in cuts:
+            tokens_QW = jax.lax.all_gather(tokens_QW, axis, axis=at, tiled=True)
+        x_QWD = jnp.take(table_VD, tokens_QW, axis=0)
+        for axis, at in reversed(cuts):
+            x_QWD = jax.lax.all_to_all(x_QWD, axis, split_axis=at, concat_axis=2, tiled=True)
+        return x_QWD
+
+    W, spec = tokens_QW.shape[1], layout.rules.spec
+    pad = ((0, 0), (0, -W % layout.axis_size("sequence")))
+    mapped = jax.shard_map(
+        local, mesh=layout.mesh, check_vma=False, out_specs=spec("prompts", "sequence", None),
+        in_specs=(spec("vocab", "embed"), spec("prompts", "sequence")),
+    )
+    return mapped(table_VD, jnp.pad(tokens_QW, pad))[:, :W]
 
 
 def _run(params: Params, cfg: ModelConfig, tokens_QW, positions_QW, attend: Attend,
@@ -186,7 +216,7 @@ def _run(params: Params, cfg: ModelConfig, tokens_QW, positions_QW, attend: Atte
 
     if remat != "none":
         block = jax.checkpoint(block, policy=REMAT_POLICIES[remat])
-    return jax.lax.scan(block, pin(_embed(params, tokens_QW), "sequence"), params.layers)
+    return jax.lax.scan(block, pin(_embed(params, tokens_QW, layout), "sequence"), params.layers)
 
 
 def _whole(w: Layers, cfg: ModelConfig, layout: Layout) -> Layers:

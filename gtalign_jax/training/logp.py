@@ -73,6 +73,10 @@ def _over_devices(chunked: Callable, layout: Layout) -> Callable:
     def run(head_VD, hidden_QGTD, tokens_QGT):
         T = tokens_QGT.shape[2]
         pad = ((0, 0), (0, 0), (0, -T % stretches))
+        # Between the gradient's reduce-scatter and the sum over micro-batches: a pass of the TPU
+        # compiler that would move one past the other fails on an untied head (libtpu 0.0.42: a
+        # RET_CHECK in while_loop_all_reduce_code_motion).
+        head_VD = jax.lax.optimization_barrier(head_VD)
         out = mapped(head_VD, jnp.pad(hidden_QGTD, (*pad, (0, 0))), jnp.pad(tokens_QGT, pad))
         return tuple(x[:, :, :T] for x in out)
 
