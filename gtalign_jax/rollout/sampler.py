@@ -209,4 +209,8 @@ def make_sampler(cfg: ModelConfig, sampler: SamplerConfig, samples: int,
 
         return jax.lax.while_loop(unfinished, step, state).rollout
 
-    return Sampler(jax.jit(prefill), jax.jit(decode))
+    where = None
+    if layout is not None:
+        keys, prompts = layout.sharding(*forward.PROMPT_CACHE_AXES), layout.sharding("prompts")
+        where = (PromptCache(keys, keys, prompts), prompts)
+    return Sampler(jax.jit(prefill, out_shardings=where), jax.jit(decode))
