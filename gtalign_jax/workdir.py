@@ -148,7 +148,10 @@ class Files:
 
 @contextlib.contextmanager
 def to_write(out: str | Path) -> Iterator[Path]:
-    """A local directory to write to: `out`, or one whose files go to the URL `out` at the end."""
+    """A local directory to write to: `out`, or one whose files go to the URL `out` at the end.
+
+    That one lies in the system's temporary directory, which must have room for it.
+    """
     if not is_remote(out):
         yield Path(out)
         return
