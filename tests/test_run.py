@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import runs
 
-from gtalign_jax import run
+from gtalign_jax import run, session
 from gtalign_jax.config import Config
 from gtalign_jax.data import builtin
 from gtalign_jax.data.tokenizer import train_tokenizer
@@ -33,7 +33,7 @@ def test_prompts_that_read_otherwise_are_other_data():
     config = Config()
     model = model_config(config.model, 300)
     digests = {
-        run._identity(config, model, tokenizer, [dataclasses.replace(prompts[0], **changes)])[
+        session._identity(config, model, tokenizer, [dataclasses.replace(prompts[0], **changes)])[
             "prompts"]
         for changes in ({}, {"messages": ({"role": "user", "content": "?"},)},
                         {"data_source": "math-hard"})

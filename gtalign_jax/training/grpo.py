@@ -32,7 +32,7 @@ from gtalign_jax.model.sharding import Layout
 from gtalign_jax.model.spec import ModelConfig, Params
 from gtalign_jax.pod import share
 from gtalign_jax.rollout.filters import UNFILTERED, Filters
-from gtalign_jax.training.logp import completion_logps, completion_mask
+from gtalign_jax.training.logp import cast, completion_logps, completion_mask
 from gtalign_jax.training.metrics import Mean
 from gtalign_jax.training.micro import accumulate, cut, piece_count, uncut
 from gtalign_jax.training.state import (
@@ -250,8 +250,10 @@ def loss_and_grads(params: Params, batch: Batch, *, cfg: ModelConfig, grpo: GRPO
         _loss, cfg=cfg, grpo=grpo, filters=filters, dtype=dtype, layout=layout
     )
 
+    weights = cast(params, dtype)  # once, not in every piece
+
     def one(piece: tuple[Batch, jax.Array]):
-        (value, seen), grads = jax.value_and_grad(loss, has_aux=True)(params, *piece)
+        (value, seen), grads = jax.value_and_grad(loss, has_aux=True)(weights, *piece)
         return (value, grads, seen["means"]), seen["maxima"]
 
     pieces = _pieces(Q, grpo, layout)

@@ -22,6 +22,11 @@ def completion_mask(lengths_QG: jax.Array, T: int) -> jax.Array:
     return jnp.arange(T)[None, None, :] < lengths_QG[:, :, None]
 
 
+def cast(params: Params, dtype) -> Params:
+    """The weights in the dtype to compute in; gradients with respect to these are half as large."""
+    return jax.tree.map(lambda w: w.astype(dtype), params)
+
+
 def completion_logps(params: Params, cfg: ModelConfig, prompt_QS, prompt_lengths_Q, tokens_QGT, *,
                      filters: Filters = UNFILTERED, logit_chunk: int = 128, dtype=jnp.float32,
                      remat: str = "none",
@@ -35,7 +40,7 @@ def completion_logps(params: Params, cfg: ModelConfig, prompt_QS, prompt_lengths
       filters: those of the sampler, so that both sides speak of one distribution.
       dtype: of the matmuls; the log-softmax is float32.
     """
-    params = jax.tree.map(lambda w: w.astype(dtype), params)
+    params = cast(params, dtype)
     last_Q, stream_lengths_Q = forward.split_prompt(prompt_QS, prompt_lengths_Q)
     first_QG1 = jnp.broadcast_to(last_Q[:, None, None], (*tokens_QGT.shape[:2], 1))
     rows_QGT = jnp.concatenate([first_QG1.astype(tokens_QGT.dtype), tokens_QGT[:, :, :-1]], axis=2)

@@ -35,20 +35,25 @@ def uncut(tree: Any) -> Any:
 
 
 def accumulate(fn: Callable[[Any], tuple[Any, Any]], batch: Any, pieces: int) -> tuple[Any, Any]:
-    """`fn(piece) -> (sums, maxima)` over all pieces: the first tree added, the second's maximum."""
+    """`fn(piece) -> (sums, maxima)` over all pieces: the first tree added, the second's maximum.
+
+    Sums are float32, whatever the pieces' are.
+    """
+    wide = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32), tree)  # noqa: E731
     if pieces <= 1:
-        return fn(batch)
+        sums, maxima = fn(batch)
+        return wide(sums), maxima
     parts = cut(batch, pieces)
     shapes = jax.eval_shape(fn, jax.tree.map(lambda x: x[0], parts))
     start = (
-        jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes[0]),
+        jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shapes[0]),
         jax.tree.map(lambda s: jnp.full(s.shape, -jnp.inf, s.dtype), shapes[1]),
     )
 
     def step(carry, piece):
         sums, maxima = fn(piece)
         return (
-            jax.tree.map(jnp.add, carry[0], sums), jax.tree.map(jnp.maximum, carry[1], maxima)
+            jax.tree.map(jnp.add, carry[0], wide(sums)), jax.tree.map(jnp.maximum, carry[1], maxima)
         ), None
 
     return jax.lax.scan(step, start, parts)[0]

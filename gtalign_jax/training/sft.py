@@ -19,7 +19,7 @@ from gtalign_jax.data.batches import epoch_rows, pad_right
 from gtalign_jax.model.forward import check_remat
 from gtalign_jax.model.sharding import Layout
 from gtalign_jax.model.spec import ModelConfig, Params
-from gtalign_jax.training.logp import completion_logps, completion_mask
+from gtalign_jax.training.logp import cast, completion_logps, completion_mask
 from gtalign_jax.training.metrics import Mean
 from gtalign_jax.training.micro import accumulate, piece_count
 from gtalign_jax.training.state import (
@@ -75,8 +75,10 @@ def loss_and_grads(params: Params, batch: SFTBatch, *, cfg: ModelConfig, sft: SF
         )
         return -(jnp.where(weights > 0, logp_B1T[:, 0], 0.0) * weights).sum()
 
+    weights = cast(params, dtype)
+
     def one(piece: tuple[SFTBatch, jax.Array]):
-        return jax.value_and_grad(loss)(params, *piece), {}
+        return jax.value_and_grad(loss)(weights, *piece), {}
 
     shards = layout.axis_size("prompts") if layout else 1
     pieces = piece_count(B, sft.micro_batch_size, shards)
