@@ -3,6 +3,7 @@
 Flags become a frozen Config, the processes of a pod become one run, and `run.run` does the rest. A
 mistake of the user's ends in one line that names it and exit status 2; a run that diverges, cannot
 save or loses a process ends in one line and status 1. (On a pod the watch ends it: pod/watch.py.)
+SIGTERM saves the step at hand and ends the run with status 75.
 """
 
 import hashlib
@@ -13,6 +14,7 @@ from absl import app
 
 from gtalign_jax.config import ConfigError, define_flag, from_flag, parse_flags, resolved_json
 from gtalign_jax.pod.exchange import PodError, is_first
+from gtalign_jax.pod.notice import EXIT_PREEMPTED, Preempted
 from gtalign_jax.pod.start import start
 from gtalign_jax.run import run
 from gtalign_jax.training.checkpoint import CheckpointError
@@ -32,6 +34,9 @@ def main(argv: list[str]) -> None:
         run(config)
     except (ConfigError, ValueError, TypeError, FileNotFoundError) as error:
         sys.exit(_fail(error, 2))
+    except Preempted as told:
+        print(f"{told}; the same command goes on from there", file=sys.stderr)
+        sys.exit(EXIT_PREEMPTED)
     except (CheckpointError, FloatingPointError, PodError) as error:
         sys.exit(_fail(error, 1))
 

@@ -26,6 +26,7 @@ from gtalign_jax.model import load
 from gtalign_jax.model.spec import Params
 from gtalign_jax.pod import exchange
 from gtalign_jax.pod.exchange import is_first
+from gtalign_jax.pod.notice import Notice
 from gtalign_jax.pod.watch import Watch
 from gtalign_jax.session import Session, examples, open_session
 from gtalign_jax.training import plots
@@ -162,10 +163,10 @@ def run(config: Config) -> dict[str, dict[str, float]]:
     """The whole run. Returns the held-out means by stage, also saved as results.json.
 
     Raises ValueError (ConfigError among them), FileNotFoundError, CheckpointError, and
-    FloatingPointError where the training diverges.
+    FloatingPointError where the training diverges, and Preempted where it was told to end.
     """
-    with Watch(config.pod) as watch:
-        session = open_session(config, watch)
+    with Watch(config.pod) as watch, Notice() as notice:
+        session = open_session(config, watch, notice)
         with session.pushed(), contextlib.closing(session.metrics):
             past = _past_results(session) if is_first() else None
             results = exchange.broadcast(past, "past results")

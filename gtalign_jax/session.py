@@ -43,6 +43,7 @@ from gtalign_jax.model.sharding import (
 from gtalign_jax.model.spec import ModelConfig, num_params
 from gtalign_jax.pod import exchange, share
 from gtalign_jax.pod.exchange import is_first
+from gtalign_jax.pod.notice import Notice, Preempted
 from gtalign_jax.pod.start import check_same
 from gtalign_jax.pod.watch import Watch
 from gtalign_jax.reward.judges import Judge, make_judge
@@ -79,6 +80,7 @@ class Session:
     metrics: MetricsWriter
     console: Console
     watch: Watch
+    notice: Notice
     files: Files
     fingerprint: dict[str, Any]
 
@@ -92,6 +94,9 @@ class Session:
         opened = Checkpointer(directory, self.config.checkpoint, prints, read_only=read_only)
         try:
             yield opened
+        except Preempted:  # all processes are here
+            opened.close()
+            raise
         except BaseException:
             # Among several, closing waits for peers that may not come; the watch ends them all.
             if exchange.process_count() == 1:
@@ -121,7 +126,7 @@ class Session:
 
     def stage(self, name: str, steps: int, checkpoints: Checkpointer, log_every: int = 1) -> Stage:
         return Stage(name, steps, self.config.seed, checkpoints, self.config.checkpoint,
-                     self.metrics, self.console, self.watch, self.push, log_every)
+                     self.metrics, self.console, self.watch, self.notice, self.push, log_every)
 
     @functools.cached_property
     def evaluation(self) -> tuple[Collector, Any]:
@@ -146,7 +151,7 @@ class Session:
         )
 
 
-def open_session(config: Config, watch: Watch) -> Session:
+def open_session(config: Config, watch: Watch, notice: Notice) -> Session:
     """Everything before the first step. Raises ValueError and the like with a text for the user."""
     check(config, jax.device_count(), slice_count(jax.devices()))
     files = _files(config)
@@ -176,6 +181,7 @@ def open_session(config: Config, watch: Watch) -> Session:
         metrics=MetricsWriter(files.directory, enabled=is_first()),
         console=Console(enabled=is_first()),
         watch=watch,
+        notice=notice,
         files=files,
         fingerprint=fingerprint(config, identity=_identity(config, model, tokenizer, prompts)),
     )

@@ -264,7 +264,7 @@ heard() { # did every worker say $1? gcloud ends well even if a whole slice coul
   fi
 }
 
-watch() { # until it has ended; sets outcome: done, wrong, crashed, preempted, deleted
+watch() { # until it has ended; sets outcome: done, wrong, told, crashed, preempted, deleted
   local answers missed=0 answered
   if [[ -n "$dry_run" ]]; then
     everywhere "bash gtalign/source/launch/worker.sh status"
@@ -301,6 +301,8 @@ ended() { # has it, on all workers? Then outcome is set
   if grep -q running <<<"$states"; then return 1; fi
   if grep -q 'exit 2$' <<<"$states"; then
     outcome=wrong
+  elif grep -q 'exit 75$' <<<"$states"; then
+    outcome=told
   elif grep -qvE 'exit 0$' <<<"$states"; then
     outcome=crashed
   else
@@ -331,6 +333,7 @@ run() {
         say "preempted; asking for the same again"
         [[ "$(state)" == NONE ]] || delete || true
         ;;
+      told) say "told to end, and saved; starting it again" ;;
       crashed)
         crashes=$((crashes + 1))
         ((crashes <= restarts)) ||

@@ -5,7 +5,8 @@
 Completions read as chains that name their tokens, so that a model of a few steps has rewards to
 tell apart and a single other token shows in the log. What the judge is asked is noted, a line for
 each request, in `workdir`/asked-PROCESS.jsonl. PLANTED="reward:2:1:stop" plants a fault: in that
-phase of that step that process is stopped ("stop"), killed ("kill") or raises ("raise").
+phase of that step that process is stopped ("stop"), killed ("kill"), told to end ("term") or raises
+("raise").
 """
 
 import functools
@@ -37,7 +38,8 @@ def fail(how: str) -> None:
     print(f"planted at {time.time():.3f}", flush=True)
     if how == "raise":
         raise Planted("a planted fault")
-    os.kill(os.getpid(), {"stop": signal.SIGSTOP, "kill": signal.SIGKILL}[how])
+    signals = {"stop": signal.SIGSTOP, "kill": signal.SIGKILL, "term": signal.SIGTERM}
+    os.kill(os.getpid(), signals[how])
 
 
 def legible(tokenizer, ids) -> str:

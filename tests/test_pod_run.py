@@ -52,7 +52,7 @@ def start(workdir, cache, processes: int, devices: int, planted: str = "",
     ]
 
 
-def finish(children, within: float = 240) -> None:
+def finish(children, within: float = 500) -> None:
     for ended in pods.ended(children, within):
         assert ended.status == 0, ended.text[-3000:]
 
@@ -137,7 +137,7 @@ def test_a_process_that_fails_ends_all_with_a_cause_and_the_same_command_resumes
 ):
     workdir = begin(alone, tmp_path / "run")
     children = start(workdir, cache, 2, 4, planted=f"{phase}:{SAVED + 2}:{victim}:{how}")
-    (survivor,) = pods.ended([child for i, child in enumerate(children) if i != victim], 200)
+    (survivor,) = pods.ended([child for i, child in enumerate(children) if i != victim], 500)
     if how == "stop":
         children[victim].send_signal(signal.SIGCONT)
     (failed,) = pods.ended([children[victim]], 60)
@@ -147,4 +147,19 @@ def test_a_process_that_fails_ends_all_with_a_cause_and_the_same_command_resumes
     if how == "raise":
         assert "Planted: a planted fault" in survivor.text
     finish(start(workdir, cache, 2, 4))
+    check_same(workdir, alone)
+
+
+def test_one_process_that_is_told_to_end_makes_all_save_the_same_step_and_the_run_goes_on(
+    alone, cache, tmp_path
+):
+    told = SAVED + 2
+    workdir = begin(alone, tmp_path / "run")
+    children = start(workdir, cache, 2, 4, planted=f"reward:{told}:1:term")
+    for ended in pods.ended(children, 500):
+        assert ended.status == 75, ended.text[-3000:]
+        assert f"grpo is saved up to step {told}; the same command goes on" in ended.text
+    saved = {path.name for path in (workdir / "checkpoints/grpo").iterdir()}
+    assert str(told) in saved and str(STEPS) not in saved
+    finish(start(workdir, cache, 1, 8))
     check_same(workdir, alone)

@@ -33,6 +33,7 @@ import jax
 
 from gtalign_jax.pod import ending
 from gtalign_jax.pod.exchange import is_first, process_count, process_index, store
+from gtalign_jax.pod.notice import Preempted
 from gtalign_jax.pod.start import PodConfig
 
 _TICK_S = 0.2  # how often deadlines are looked at; needs no network
@@ -98,7 +99,8 @@ class Watch:
         return self
 
     def __exit__(self, kind: Any, failed: BaseException | None, trace: Any) -> None:
-        self.close(failed)
+        # Being told to end is no failure, and all processes end by it together.
+        self.close(None if isinstance(failed, Preempted) else failed)
 
     @contextlib.contextmanager
     def phase(self, name: str, step: int | None = None) -> Iterator[None]:

@@ -29,6 +29,7 @@ from gtalign_jax.data.batches import PromptBatch, PromptSet
 from gtalign_jax.model.sharding import Layout, param_shardings
 from gtalign_jax.model.spec import ModelConfig, Params
 from gtalign_jax.pod import share
+from gtalign_jax.pod.notice import Notice, Preempted
 from gtalign_jax.pod.watch import Watch
 from gtalign_jax.reward.normalizers import normalize
 from gtalign_jax.rollout.sampler import Rollout
@@ -59,6 +60,7 @@ class Stage:
     metrics: MetricsWriter
     console: Console
     watch: Watch
+    notice: Notice
     push: Callable[[], None] = lambda: None  # what is to be done with the files before each save
     log_every: int = 1  # steps between lines on the console; the files get every step
 
@@ -85,7 +87,8 @@ class Stage:
             after: Callable[[int, TrainState], None] | None = None) -> TrainState:
         """Steps `done` … `steps`; saves every `checkpoint.every` steps and after the last one.
 
-        Raises FloatingPointError where a loss or gradient is not finite: such a state is not saved.
+        Raises FloatingPointError where a loss or gradient is not finite: such a state is not saved;
+        Preempted where a process was told to end: that step is.
         """
         with self.console.stage(self.name, self.steps, done):
             for step in range(done, self.steps):
@@ -95,10 +98,15 @@ class Stage:
                 if (step + 1) % self.log_every == 0 or step + 1 == self.steps:
                     self.console.step(step + 1, metrics)
                 _check_finite(self.name, step + 1, metrics)
-                if (step + 1) % self.checkpoint.every == 0 or step + 1 == self.steps:
+                told, last = self.notice.given(), step + 1 == self.steps
+                if told or last or (step + 1) % self.checkpoint.every == 0:
                     with self.watch.phase("save", step + 1):
                         self.push()
                         self.checkpoints.save(step + 1, {"state": state, "key": key})
+                if told and not last:
+                    with self.watch.phase("save", step + 1):
+                        self.checkpoints.wait()
+                    raise Preempted(f"told to end: {self.name} is saved up to step {step + 1}")
                 if after is not None:
                     after(step + 1, state)
         with self.watch.phase("save", self.steps):
