@@ -39,7 +39,7 @@ from gtalign_jax.config import (
 )
 from gtalign_jax.freeze import to_dict
 from gtalign_jax.model import load
-from gtalign_jax.model.sharding import check_model_fits, make_mesh
+from gtalign_jax.model.sharding import check_model_fits, make_mesh, mesh_shape
 from gtalign_jax.model.spec import ModelConfig, num_params
 
 FITS, DOES_NOT_FIT, MISTAKE = 0, 1, 2
@@ -70,7 +70,8 @@ def compile_all(config: Config, model: ModelConfig, topology: Topology,
 
 def _compile(program: Program, config: Config, topology: Topology, say: Callable[[str], None],
              place: str = "") -> Row:
-    row = measure(program, topology, config.mesh.tensor)
+    tensor = mesh_shape(config.mesh, topology.chips, topology.slices)[-1]
+    row = measure(program, topology, tensor if program.weights_cut else 1)
     used = "" if row.capacity is None else (
         f"  {report.gib(row.peak)} of {report.gib(row.capacity)} GiB"
         + ("" if row.fits else ": does not fit")

@@ -12,7 +12,8 @@ import sys
 
 from absl import app
 
-from gtalign_jax.config import ConfigError, define_flag, from_flag, parse_flags, resolved_json
+from gtalign_jax.config import define_flag, from_flag, parse_flags, resolved_json
+from gtalign_jax.pod.ending import EXIT_MISTAKE, MISTAKES
 from gtalign_jax.pod.exchange import PodError, is_first
 from gtalign_jax.pod.notice import EXIT_PREEMPTED, Preempted
 from gtalign_jax.pod.start import start
@@ -32,8 +33,8 @@ def main(argv: list[str]) -> None:
         if not is_first():  # what all of them would say, process 0 says
             logging.getLogger("gtalign_jax").setLevel(logging.ERROR)
         run(config)
-    except (ConfigError, ValueError, TypeError, FileNotFoundError) as error:
-        sys.exit(_fail(error, 2))
+    except MISTAKES as error:  # ConfigError is a ValueError
+        sys.exit(_fail(error, EXIT_MISTAKE))
     except Preempted as told:
         print(f"{told}; the same command goes on from there", file=sys.stderr)
         sys.exit(EXIT_PREEMPTED)

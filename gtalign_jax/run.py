@@ -165,8 +165,8 @@ def run(config: Config) -> dict[str, dict[str, float]]:
     Raises ValueError (ConfigError among them), FileNotFoundError, CheckpointError, and
     FloatingPointError where the training diverges, and Preempted where it was told to end.
     """
-    with Watch(config.pod) as watch, Notice() as notice:
-        session = open_session(config, watch, notice)
+    with Watch(config.pod) as watch:
+        session = open_session(config, watch, Notice())
         with session.pushed(), contextlib.closing(session.metrics):
             past = _past_results(session) if is_first() else None
             results = exchange.broadcast(past, "past results")

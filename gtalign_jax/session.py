@@ -207,9 +207,12 @@ def _claim(session: Session) -> None:
     """
     config = session.config
     identity = session.fingerprint["identity"]
+    held_out = session.test.prompts if session.test else ()
+    others = {"held-out prompts": _digest([[p.id, p.question, p.ground_truth] for p in held_out]),
+              "stop ids": session.stop_ids}
     check_same("what the run is made of", {
         name: value if isinstance(value, str) else json.dumps(value, sort_keys=True)
-        for name, value in identity.items()
+        for name, value in (identity | others).items()
     })
     begun = [
         stage for stage in export.TRAINING_STAGES
@@ -271,16 +274,19 @@ def examples(config: Config, prompts: list[Prompt]) -> list[coldstart.Example]:
 def _identity(config: Config, model: ModelConfig, tokenizer: PreTrainedTokenizerBase,
               prompts: list[Prompt]) -> dict[str, Any]:
     """What the config only points at: a changed file under the same name is another run."""
-    digest = lambda data: hashlib.sha256(data).hexdigest()[:16]  # noqa: E731
-    text = lambda x: json.dumps(x, sort_keys=True).encode()  # noqa: E731
     cold_start = config.sft.examples if "sft" in config.stages else None
     if cold_start not in ("builtin", None):
-        cold_start = digest(Path(cold_start).read_bytes())
+        cold_start = hashlib.sha256(Path(cold_start).read_bytes()).hexdigest()[:16]
     return {
         "cold_start": cold_start,
         "model": dataclasses.asdict(model),
-        "tokenizer": digest(text([tokenizer.get_vocab(), tokenizer.chat_template])),
-        "prompts": digest(text([
+        "tokenizer": _digest([tokenizer.get_vocab(), tokenizer.chat_template]),
+        "prompts": _digest([
             [p.id, p.data_source, p.messages, p.question, p.ground_truth] for p in prompts
-        ])),
+        ]),
     }
+
+
+def _digest(value: Any) -> str:
+    """A short name for what JSON says of `value`."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

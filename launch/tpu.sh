@@ -264,7 +264,7 @@ heard() { # did every worker say $1? gcloud ends well even if a whole slice coul
   fi
 }
 
-watch() { # until it has ended; sets outcome: done, wrong, told, crashed, preempted, deleted
+watch() { # until it has ended; sets outcome: done, wrong, told, stopped, crashed, preempted, deleted
   local answers missed=0 answered
   if [[ -n "$dry_run" ]]; then
     everywhere "bash gtalign/source/launch/worker.sh status"
@@ -299,9 +299,11 @@ ended() { # has it, on all workers? Then outcome is set
   say "$(sed -E 's/^ *([0-9]+) (.*)/\1 \2/' <<<"$states" | paste -s -d , -)" \
     "|$(head -n 1 <<<"$1" | cut -d'|' -f3)"
   if grep -q running <<<"$states"; then return 1; fi
-  if grep -q 'exit 2$' <<<"$states"; then
+  if grep -q stopped <<<"$states"; then
+    outcome=stopped
+  elif grep -q 'exit 2$' <<<"$states"; then
     outcome=wrong
-  elif grep -q 'exit 75$' <<<"$states"; then
+  elif ! grep -qvE 'exit 75$' <<<"$states"; then
     outcome=told
   elif grep -qvE 'exit 0$' <<<"$states"; then
     outcome=crashed
@@ -333,7 +335,11 @@ run() {
         say "preempted; asking for the same again"
         [[ "$(state)" == NONE ]] || delete || true
         ;;
-      told) say "told to end, and saved; starting it again" ;;
+      stopped) give_up "was stopped; the same command goes on from its checkpoint" ;;
+      told)
+        say "told to end, and saved; starting it again in $poll s"
+        sleep "$poll"
+        ;;
       crashed)
         crashes=$((crashes + 1))
         ((crashes <= restarts)) ||

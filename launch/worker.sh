@@ -65,7 +65,7 @@ start() {
   else
     [[ "$(readlink "$base/source")" == "source-$revision" ]] ||
       fail "$(uname -n) is not set up with revision $revision"
-    rm -f "$base/exit"
+    rm -f "$base/exit" "$base/stopped"
     printf '%q ' "$revision" "$@" >"$base/command"
     setsid nohup bash "$root/launch/worker.sh" train "$@" >>"$base/log" 2>&1 </dev/null &
     for try in {1..100}; do
@@ -99,6 +99,8 @@ status() {
   local what=none last=""
   if is_running; then
     what=running
+  elif [[ -e "$base/stopped" ]]; then
+    what=stopped
   elif [[ -e "$base/exit" ]]; then
     what="exit $(cat "$base/exit")"
   fi
@@ -111,6 +113,7 @@ status() {
 stop() {
   local pid waited
   if is_running; then
+    touch "$base/stopped" # its status, 75, would read as if the machine had told it to end
     pid=$(cat "$base/pid")
     kill -TERM -- "-$pid" 2>/dev/null || true
     for ((waited = 0; waited < ${STOP_SECONDS:-120}; waited++)); do

@@ -7,6 +7,7 @@ import pytest
 import tiny
 
 from gtalign_jax.model import forward
+from gtalign_jax.model.sharding import TRAIN, Layout, MeshConfig, make_mesh
 from gtalign_jax.training.logp import completion_logps
 
 
@@ -124,3 +125,22 @@ def test_no_array_of_the_update_has_both_time_and_vocabulary():
     assert f"3,4,{chunk},{V}]" in text
     assert f"3,4,{T},{V}]" not in text
     assert f"8,3,4,{chunk},{V}]" not in text
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_the_gradient_of_an_embedding_in_bfloat16_adds_up_in_float32(devices):
+    """4,096 times 1/4 is 1,024; summed in bfloat16 it would stop at 64, where 1/4 is lost."""
+    where = None
+    if devices == 8:
+        where = Layout(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)), TRAIN)
+    table_VD = jnp.zeros((5, 8), jnp.bfloat16)
+    params = tiny.params().replace(embed_VD=table_VD)
+    tokens_QW = jnp.full((4, 1024), 3)
+
+    def total(table_VD):
+        x_QWD = forward._embed(params.replace(embed_VD=table_VD), tokens_QW, where)
+        return x_QWD.astype(jnp.float32).sum() / 4
+
+    grad_VD = jax.jit(jax.grad(total))(table_VD)
+    np.testing.assert_array_equal(grad_VD[3].astype(jnp.float32), 1024.0)
+    np.testing.assert_array_equal(grad_VD[:3].astype(jnp.float32), 0.0)

@@ -124,7 +124,7 @@ def _shorter(row: Row, config: Config) -> Iterator[str]:
 
 def _tensor(row: Row, config: Config, model: ModelConfig, topology: Topology) -> Iterator[str]:
     """Cuts heads and the rollout's weights; and a prompt then has several chips to itself."""
-    for size in range(config.mesh.tensor + 1, topology.chips + 1):
+    for size in range(max(config.mesh.tensor, 1) + 1, topology.chips + 1):
         values: dict[str, Any] = {"mesh.tensor": size}
         wider = put(config, values)
         if topology.chips % size or not is_allowed(wider, model, topology):

@@ -57,6 +57,7 @@ class Program:
     resident: bytes per chip of what lies there meanwhile and is no argument, by what it is.
     work: operations and HBM traffic by formula, over all chips; None: it only reads its arguments
       and writes its results.
+    weights_cut: a chip reads its part of the weights only, cut over `tensor`, and gathers none.
     loop_steps: iterations of a loop whose length the compiler cannot know (decode), else 1.
     """
 
@@ -68,6 +69,7 @@ class Program:
     resident: Mapping[str, int] = dataclasses.field(default_factory=dict)
     work: Work | None = None
     where: str = "chip"
+    weights_cut: bool = False
     loop_steps: int = 1
 
 
@@ -183,7 +185,7 @@ def _program(name: str, stage: str, calls: int, function: Callable, arguments: t
 
 def _initialise(run: _Run) -> Program:
     init = load.make_init(run.model, run.train)
-    return _program("initialise", "start", 0, init, (run.model, run.key), {})
+    return Program("initialise", "start", 0, lambda: init.lower(run.model, run.key), (run.key,))
 
 
 def _start(run: _Run, stage: str, cfg: OptimizerConfig, updates: int,
@@ -245,7 +247,7 @@ def _sampling(run: _Run, sampler: Sampler, stage: str, shape: tuple[int, int], c
                  work=roofline.prefill_work(run.model, Q, S)),
         _program(f"{prefix}decode", stage, calls, sampler.decode,
                  (run.sampling, cache, last_Q, here((Q,)), run.key), resident,
-                 work=roofline.decode_work(run.model, Q, G, S, T), loop_steps=T),
+                 work=roofline.decode_work(run.model, Q, G, S, T), loop_steps=T, weights_cut=True),
     ]
 
 
@@ -267,7 +269,7 @@ def _grpo(run: _Run) -> list[Program]:
         _start(run, "grpo", cfg, run.updates, _sizes({"reference": run.reference})),
         _program("reshard", "grpo", 1, learner.reshard, (state.params,),
                  _sizes(held | {"optimizer": state.opt_state}),
-                 work=roofline.reshard_work(run.model)),
+                 work=roofline.reshard_work(run.model), weights_cut=True),
         *_sampling(run, sampler, "grpo", (Q // pieces, G), pieces,
                    _sizes(held | {"state": state})),
         *_rewards(run, Q * G // run.hosts),

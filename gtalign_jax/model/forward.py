@@ -160,9 +160,19 @@ def _finish(x: jax.Array, attended: jax.Array, w: Layers, cfg: ModelConfig) -> j
 
 def _embed(params: Params, tokens: jax.Array, layout: Layout | None = None) -> jax.Array:
     """Embeddings `[..., D]` of token ids; `layout` where the table is cut as in training."""
-    if layout is None or layout.rules.embed is None:
+    if layout is None:
+        return _look_up(params.embed_VD, tokens)
+    if layout.rules.embed is None:
         return jnp.take(params.embed_VD, tokens, axis=0)
     return _embed_by_parts(params.embed_VD, tokens, layout)
+
+
+def _look_up(table_VD: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Rows of the table, for training: in float32, so that their gradient adds up in float32.
+
+    A token that occurs thousands of times would soon add nothing to a sum in bfloat16.
+    """
+    return jnp.take(table_VD.astype(jnp.float32), tokens, axis=0).astype(table_VD.dtype)
 
 
 def _embed_by_parts(table_VD: jax.Array, tokens_QW: jax.Array, layout: Layout) -> jax.Array:
@@ -178,7 +188,7 @@ def _embed_by_parts(table_VD: jax.Array, tokens_QW: jax.Array, layout: Layout) -
     def local(table_VD, tokens_QW):
         for axis, at in cuts:
             tokens_QW = jax.lax.all_gather(tokens_QW, axis, axis=at, tiled=True)
-        x_QWD = jnp.take(table_VD, tokens_QW, axis=0)
+        x_QWD = _look_up(table_VD, tokens_QW)
         for axis, at in reversed(cuts):
             x_QWD = jax.lax.all_to_all(x_QWD, axis, split_axis=at, concat_axis=2, tiled=True)
         return x_QWD
@@ -300,7 +310,7 @@ def decode_step(params: Params, cfg: ModelConfig, prompt: PromptCache, k_LQGTKH,
         attended = attend_shared(q, prompt_k, prompt_v, own_k, own_v, prompt_mask_QS, own_mask)
         return (_finish(x_QGTD, attended, w, cfg), k_cache, v_cache), None
 
-    x = _embed(params, token_QG)[:, :, None]
+    x = jnp.take(params.embed_VD, token_QG, axis=0)[:, :, None]
     xs = (params.layers, prompt.k_LQSKH, prompt.v_LQSKH, jnp.arange(cfg.num_layers))
     (x, k_LQGTKH, v_LQGTKH), _ = jax.lax.scan(block, (x, k_LQGTKH, v_LQGTKH), xs)
     return rms_norm(x[:, :, 0], params.final_norm_D, cfg.norm_eps), k_LQGTKH, v_LQGTKH

@@ -11,6 +11,8 @@ from typing import NoReturn
 
 EXIT = 70  # status of a process that the watch or the start-up deadline ended
 EXIT_FAILED = 1  # of one that raised
+EXIT_MISTAKE = 2  # of one that raised because of the user's input: starting it again is no use
+MISTAKES = (ValueError, TypeError, FileNotFoundError)  # how such input shows
 
 
 def end(cause: str, status: int = EXIT, stacks: bool = True) -> NoReturn:

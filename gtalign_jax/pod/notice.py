@@ -20,7 +20,10 @@ class Preempted(Exception):
 
 
 class Notice:
-    """Listens while it is entered. Only a process's main thread can; elsewhere nothing is heard."""
+    """Listens while it is entered; before and after, SIGTERM ends the process at once.
+
+    Only a process's main thread can listen; elsewhere nothing is heard.
+    """
 
     def __init__(self) -> None:
         self._given = False

@@ -212,7 +212,7 @@ def _from_metadata(cfg: PodConfig, count: int) -> Place | None:
                 break
         else:
             return None
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
         raise PodError(f"this is a TPU VM, but its metadata cannot be read: {error}") from error
     if count not in (0, found):
         raise PodError(f"pod.process_count={count}, but the TPU's metadata names {found} workers")

@@ -247,6 +247,8 @@ class Watch:
         cause = f"{self._me} failed in {phase}: {type(error).__name__}: {lines[0]}"
         cause += self._suspects()
         status = error.code if isinstance(error, SystemExit) else ending.EXIT_FAILED
+        if isinstance(error, ending.MISTAKES):
+            status = ending.EXIT_MISTAKE
         self._fail(cause, status if isinstance(status, int) else ending.EXIT_FAILED)
 
     def _suspects(self) -> str:

@@ -300,7 +300,9 @@ def make_logps(cfg: ModelConfig, grpo: GRPOConfig, *, layout: Layout,
                 filters=filters, logit_chunk=grpo.logit_chunk, dtype=dtype, layout=layout,
             )[0]
 
-        pieces = _pieces(batch.tokens_QGT.shape[0], grpo, layout)
+        # Of a whole step's batch: as many as its minibatches are cut into, together.
+        part = batch.tokens_QGT.shape[0] // grpo.minibatches
+        pieces = grpo.minibatches * _pieces(part, grpo, layout)
         return one(batch) if pieces <= 1 else uncut(jax.lax.map(one, cut(batch, pieces)))
 
     return jax.jit(logps, out_shardings=layout.sharding("prompts"))

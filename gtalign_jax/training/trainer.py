@@ -90,7 +90,7 @@ class Stage:
         Raises FloatingPointError where a loss or gradient is not finite: such a state is not saved;
         Preempted where a process was told to end: that step is.
         """
-        with self.console.stage(self.name, self.steps, done):
+        with self.notice, self.console.stage(self.name, self.steps, done):
             for step in range(done, self.steps):
                 state, metrics = step_fn(state, step)
                 metrics["perf/compilations"] = compilations()
@@ -98,12 +98,13 @@ class Stage:
                 if (step + 1) % self.log_every == 0 or step + 1 == self.steps:
                     self.console.step(step + 1, metrics)
                 _check_finite(self.name, step + 1, metrics)
-                told, last = self.notice.given(), step + 1 == self.steps
-                if told or last or (step + 1) % self.checkpoint.every == 0:
+                told = self.notice.given()
+                due = (step + 1) % self.checkpoint.every == 0 or step + 1 == self.steps
+                if told or due:
                     with self.watch.phase("save", step + 1):
                         self.push()
                         self.checkpoints.save(step + 1, {"state": state, "key": key})
-                if told and not last:
+                if told:
                     with self.watch.phase("save", step + 1):
                         self.checkpoints.wait()
                     raise Preempted(f"told to end: {self.name} is saved up to step {step + 1}")
