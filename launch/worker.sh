@@ -100,7 +100,7 @@ status() {
   if is_running; then
     what=running
   elif [[ -e "$base/stopped" ]]; then
-    what=stopped
+    what="stopped $(cat "$base/exit" 2>/dev/null || true)"
   elif [[ -e "$base/exit" ]]; then
     what="exit $(cat "$base/exit")"
   fi

@@ -248,7 +248,7 @@ def test_the_same_run_again_takes_up_the_watch_and_stop_ends_the_program(cloud):
     assert done.returncode == 0 and done.stdout.count("stopped") == 2
     assert not [pid for pid in pids if alive(pid)]
     done, _ = tpu(cloud, "status")
-    assert done.stdout.count(" exit 143 | ") == 2
+    assert done.stdout.count(" stopped 143 | ") == 2
 
 
 def test_a_program_that_ends_by_its_own_status_on_sigterm_keeps_it(cloud):
@@ -259,7 +259,7 @@ def test_a_program_that_ends_by_its_own_status_on_sigterm_keeps_it(cloud):
     while "armed" not in log.read_text():
         time.sleep(0.05)
     tpu(cloud, "stop")
-    assert " exit 7 | " in tpu(cloud, "status")[0].stdout
+    assert " stopped 7 | " in tpu(cloud, "status")[0].stdout
 
 
 def test_a_worker_with_an_old_python_gets_a_newer_one_without_root(cloud):
