@@ -245,9 +245,11 @@ class Watch:
         phase = self._raised[1] if known else self._phase
         lines = str(error).strip().splitlines() or [""]
         cause = f"{self._me} failed in {phase}: {type(error).__name__}: {lines[0]}"
-        cause += self._suspects()
+        suspects = self._suspects()
+        cause += suspects
         status = error.code if isinstance(error, SystemExit) else ending.EXIT_FAILED
-        if isinstance(error, ending.MISTAKES):
+        # Before the first step, and with all peers alive: a collective may raise a ValueError, too.
+        if isinstance(error, ending.MISTAKES) and phase.step is None and not suspects:
             status = ending.EXIT_MISTAKE
         self._fail(cause, status if isinstance(status, int) else ending.EXIT_FAILED)
 
