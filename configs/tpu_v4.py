@@ -26,16 +26,18 @@ goes before it with
 Hardware: the slice that each size is laid out for; `tensor` chips share one copy of the rollout's
 weights.
 
-    size   slice    chips   tensor
-    0.5b   v4-8         4        1
-    3b     v4-8         4        2
-    7b     v4-16        8        4
-    32b    v4-64       32        8
-    72b    v4-256     128        8
+    size   slice     chips   tensor   peak GiB of a chip   step, s
+    0.5b   v4-8          4        1         15.2 of 30.7           42
+    3b     v4-8          4        2         20.5 of 30.7          206
+    7b     v4-16         8        4         25.0 of 30.7          204
+    32b    v4-64        32        8             not compiled
+    72b    v4-256      128        8             not compiled
 
-On another slice the batch is cut over more chips: where --config.grpo.micro_batch_prompts,
---config.rollout.micro_batch_prompts or --config.sft.micro_batch_size do not cut evenly any more,
-the command says at once which values do.
+On a larger slice the batch is cut over more chips; micro-batches are counted per batch shard, so
+the same settings hold up to 64 shards, and beyond with a larger --config.grpo.prompts_per_step.
+
+Peak memory is the TPU compiler's (python -m gtalign_jax.compile), the step a roofline's lower bound
+with every completion at full length; docs/pods.md says more.
 
 Numbers to expect: not measured yet; this has not run on a TPU. Watch `welfare/user` and
 `welfare/llm` rise together and `rollout/truncated` stay near 0. What differs from the paper stands

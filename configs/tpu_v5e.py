@@ -9,14 +9,17 @@ The words after the colon, prompts, judge and cold start are as in configs/tpu_v
 Hardware: the slice that each size is laid out for; `tensor` chips share one copy of the rollout's
 weights.
 
-    size   slice    chips   tensor
-    0.5b   v5e-4        4        1
-    3b     v5e-16      16        2
-    7b     v5e-32      32        4
-    32b    v5e-256    256        8
+    size   slice     chips   tensor   peak GiB of a chip   step, s
+    0.5b   v5e-4         4        1          8.9 of 15.7           65
+    3b     v5e-16       16        2             not compiled
+    7b     v5e-32       32        4         11.0 of 15.7           88
+    32b    v5e-256     256        8             not compiled
 
 There is no 72b: a model's weights for the rollout are cut over at most as many chips as it has k/v
 heads, and an eighth of them is 18 GB, more than a v5e chip has. v5litepod-N is the same as v5e-N.
+
+Peak memory is the TPU compiler's (python -m gtalign_jax.compile), the step a roofline's lower bound
+with every completion at full length; docs/pods.md says more.
 
 Numbers to expect: not measured yet; this has not run on a TPU.
 """

@@ -9,12 +9,15 @@ The words after the colon, prompts, judge and cold start are as in configs/tpu_v
 Hardware: the slice that each size is laid out for; `tensor` chips share one copy of the rollout's
 weights.
 
-    size   slice    chips   tensor
-    0.5b   v6e-4        4        1
-    3b     v6e-4        4        2
-    7b     v6e-8        8        4
-    32b    v6e-32      32        8
-    72b    v6e-128    128        8
+    size   slice     chips   tensor   peak GiB of a chip   step, s
+    0.5b   v6e-4         4        1             not compiled
+    3b     v6e-4         4        2             not compiled
+    7b     v6e-8         8        4             not compiled
+    32b    v6e-32       32        8             not compiled
+    72b    v6e-128     128        8             not compiled
+
+Peak memory is the TPU compiler's (python -m gtalign_jax.compile), the step a roofline's lower bound
+with every completion at full length; docs/pods.md says more.
 
 Numbers to expect: not measured yet; this has not run on a TPU.
 """
