@@ -215,7 +215,7 @@ def test_random_weights_are_created_sharded_and_do_not_depend_on_the_mesh():
     layout = Layout(make_mesh(MeshConfig(fsdp=4, tensor=2)), TRAIN)
     spread = load.load_model(SOURCE, cfg, layout, key)
     assert spread.layers.up_LDF.sharding == layout.sharding("layers", "embed", "mlp")
-    assert spread.layers.up_LDF.addressable_shards[0].data.shape == (2, 8, 24)
+    assert spread.layers.up_LDF.addressable_shards[0].data.shape == (2, 4, 48)
     for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(spread), strict=True):
         assert b.dtype == jnp.float32
         np.testing.assert_array_equal(a, b)
