@@ -28,7 +28,11 @@ TEXTS = {(1, 2): GOOD, (3,): "no chain", (4, 5, 6): RIGHT, (7, 0): RIGHT.replace
 
 @pytest.fixture
 def experience(monkeypatch):
-    """Two prompts x two samples; rows of 2, 1, 3 and 2 tokens, the last one down at the judge."""
+    """Two prompts x two samples; rows of 2, 1, 3 and 2 tokens, the last one down at the judge.
+
+    A response of n words has n - 2 tokens when it is written anew.
+    """
+    monkeypatch.setattr(collect, "encode_completion", lambda tokenizer, text: text.split()[2:])
     monkeypatch.setattr(collect, "decode", lambda tokenizer, ids: TEXTS[tuple(map(int, ids))])
 
     def judge(requests):
@@ -102,6 +106,17 @@ def test_lengths_truncation_and_waste_are_those_counted_by_hand(experience):
     assert out["rollout/truncated"] == 0.25
     assert out["rollout/wasted_slots"] == pytest.approx(1 - 8 / 12)  # 3 iterations x 4 rows
     assert out["rollout/response_words"] == pytest.approx((5 + 3) / 2)
+    # "Which animal do you mean?" would be 3 tokens, but its whole completion has 2; none; 1.
+    assert out["rollout/response_tokens"] == pytest.approx((2 + 0 + 1) / 3)
+
+
+def test_the_kinds_of_response_are_shares_of_the_judged_rows(experience):
+    out = summarise(experience)
+    shares = {name: value for name, value in out.items() if name.startswith("action/")}
+    assert shares == pytest.approx({
+        "action/ask": 1 / 3, "action/answer": 1 / 3, "action/answer_ask": 0, "action/refuse": 0,
+        "action/constructive": 0, "action/none": 0,
+    })  # the row without a chain makes no move at all
 
 
 def test_a_mean_over_nothing_is_left_out_and_never_nan(experience):
@@ -137,4 +152,15 @@ def test_the_log_has_a_row_for_each_completion_with_the_judges_words(experience)
     assert rows[1]["payoff"] is None and rows[1]["chain_error"]
     assert rows[1]["judge_score"] is None and rows[1]["judge_error"] is None  # nobody was asked
     assert rows[3]["valid"] is False and rows[3]["judge_error"] == "503"
+    assert [(row["reasoning_tokens"], row["response_tokens"]) for row in rows[:3]] == [
+        (0, 2), (1, 0), (2, 1)
+    ]
+    assert [row["response_words"] for row in rows[:3]] == [5, 0, 3]
+    assert [row["request_kind"] for row in rows] == ["ambiguous"] * 2 + ["definite"] * 2
+    assert [row["response_kind"] for row in rows] == ["ask", None, "answer", "answer"]
+    # The last cell of runs.PAYOFF is best for both players: the whole Pareto set, and played.
+    assert rows[0]["pareto_set"] == ["DQ_AQ"] and rows[0]["recommended"] == "DQ_AQ"
+    assert rows[0]["dilemma"] == 0 and rows[0]["price_of_anarchy"] == 1
+    game = ("pareto_set", "recommended", "dilemma", "nash_count", "price_of_anarchy")
+    assert [rows[1][name] for name in game] == [None] * 5
     assert rows[2]["completion"] == RIGHT and rows[2]["prompt"][0]["content"] == "1 + 1?"

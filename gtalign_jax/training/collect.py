@@ -9,7 +9,7 @@ scores the completions of its own prompts (pod/share.py), so that every completi
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,12 +19,13 @@ from jax.sharding import NamedSharding
 from transformers import PreTrainedTokenizerBase
 
 from gtalign_jax.data.batches import PromptBatch
-from gtalign_jax.data.chat import decode
+from gtalign_jax.data.chat import decode, encode_completion
 from gtalign_jax.data.prompt import Prompt
+from gtalign_jax.game.chain import KEYS
 from gtalign_jax.model.sharding import Layout
 from gtalign_jax.pod import share
 from gtalign_jax.reward.judges import Judge
-from gtalign_jax.reward.rules import response_kind, right_kinds
+from gtalign_jax.reward.rules import RESPONSE_KINDS, request_kind, response_kind, right_kinds
 from gtalign_jax.reward.scoring import RewardConfig, Scores, score
 from gtalign_jax.rollout.filters import Filters
 from gtalign_jax.rollout.sampler import Rollout
@@ -41,7 +42,9 @@ class Experience:
       rows_B: place of each completion in the whole batch, which is prompt-major.
       samples: G. slots: row positions that the sampler computed for the whole batch.
       lengths_B, stopped_B: as in Rollout. logp_B: log-probability of the whole completion.
-      right_B: the response is of a kind that its prompt calls for (`rules.right_kinds`).
+      response_lengths_B: tokens of the response alone.
+      kinds_B: `rules.response_kind` of each response; None where there is none.
+      right_B: it is one that the prompt calls for (`rules.right_kinds`).
     """
 
     rows_B: np.ndarray
@@ -53,6 +56,8 @@ class Experience:
     stopped_B: np.ndarray
     logp_B: np.ndarray
     scores: Scores
+    response_lengths_B: np.ndarray
+    kinds_B: tuple[str | None, ...]
     right_B: tuple[bool, ...]
 
     def at_first(self) -> "Experience | None":
@@ -131,10 +136,8 @@ class Collector:
             )
         )
         scores = score(prompts, texts, self.judge, self.reward)
-        right = tuple(
-            chain.response is not None and response_kind(chain.response) in right_kinds(prompt)
-            for prompt, chain in zip(prompts, scores.chains, strict=True)
-        )
+        responses = [chain.response for chain in scores.chains]
+        kinds = tuple(None if text is None else response_kind(text) for text in responses)
         return Experience(
             rows_B=(at_Q[:, None] * G + np.arange(G)[None]).reshape(-1),
             samples=G,
@@ -145,8 +148,19 @@ class Collector:
             stopped_B=rollout.stopped_QG.reshape(-1),
             logp_B=rollout.logp_QGT.sum(axis=2).reshape(-1),
             scores=scores,
-            right_B=right,
+            response_lengths_B=self._response_lengths(responses, rollout.lengths_QG.reshape(-1)),
+            kinds_B=kinds,
+            right_B=tuple(
+                kind in right_kinds(prompt) for kind, prompt in zip(kinds, prompts, strict=True)
+            ),
         )
+
+    def _response_lengths(self, responses: Sequence[str | None],
+                          lengths_B: np.ndarray) -> np.ndarray:
+        """Tokens of each response, written anew: where in the completion's own tokens it began is
+        not known to the text. At most the whole completion."""
+        counts = [len(encode_completion(self.tokenizer, text or "")) for text in responses]
+        return np.minimum(np.array(counts, lengths_B.dtype), lengths_B)
 
 
 def _mention_missing(scores: Scores) -> None:
@@ -167,7 +181,8 @@ def mean(values: Any, where: Any = None) -> float:
 
 
 def summarise(experience: Experience) -> dict[str, float]:
-    """Means over the judged completions: `reward/…`, `welfare/…`, `game/…`, `rollout/…`.
+    """Means over the judged completions: `reward/…`, `welfare/…`, `game/…`, `rollout/…`, and the
+    share of each kind of response, `action/…`.
 
     Welfare by source is `source/<name>`. A judge's failures are counted in `reward/missing`, and
     appear in no other mean.
@@ -185,6 +200,7 @@ def summarise(experience: Experience) -> dict[str, float]:
         "rollout/length_max": float(lengths_B.max()),
         "rollout/truncated": mean(~experience.stopped_B),
         "rollout/wasted_slots": 1 - float(lengths_B.sum()) / max(experience.slots, 1),
+        "rollout/response_tokens": mean(experience.response_lengths_B, valid),
         "rollout/response_words": mean(
             [len((chain.response or "").split()) for chain in scores.chains], parsed
         ),
@@ -196,18 +212,19 @@ def summarise(experience: Experience) -> dict[str, float]:
         if name != "recommended"  # an index of a cell: its mean says nothing
     }
     out["reward/right_action"] = mean(experience.right_B, valid)
+    for kind in RESPONSE_KINDS:
+        out[f"action/{kind}"] = mean([found == kind for found in experience.kinds_B], valid)
     sources = np.array([prompt.data_source for prompt in experience.prompts])
     for source in sorted(set(sources)):
         out[f"source/{source}"] = mean(scores.reward_B, valid & (sources == source))
     return {name: value for name, value in out.items() if not np.isnan(value)}
 
 
-def log_rows(experience: Experience) -> list[Mapping[str, Any]]:
-    """One row per completion for the rollout log (R32)."""
+def log_rows(experience: Experience) -> list[dict[str, Any]]:
+    """One row per completion for the logs (R32); `evaluation.measures` sums them up."""
     scores, rows = experience.scores, []
     for b, (prompt, text) in enumerate(zip(experience.prompts, experience.texts, strict=True)):
-        judgement, chain = scores.judgements[b], scores.chains[b]
-        consistency = scores.consistency_judgements[b]
+        tokens, answered = int(experience.lengths_B[b]), int(experience.response_lengths_B[b])
         rows.append({
             "id": prompt.id,
             "data_source": prompt.data_source,
@@ -216,7 +233,10 @@ def log_rows(experience: Experience) -> list[Mapping[str, Any]]:
             "question": prompt.question,
             "ground_truth": prompt.ground_truth,
             "completion": text,
-            "tokens": int(experience.lengths_B[b]),
+            "tokens": tokens,
+            "reasoning_tokens": tokens - answered,
+            "response_tokens": answered,
+            "response_words": len((scores.chains[b].response or "").split()),
             "stopped": bool(experience.stopped_B[b]),
             "logp": float(experience.logp_B[b]),
             "valid": bool(scores.valid_B[b]),
@@ -224,13 +244,37 @@ def log_rows(experience: Experience) -> list[Mapping[str, Any]]:
             "user_welfare": float(scores.user_welfare_B[b]),
             "llm_welfare": float(scores.llm_welfare_B[b]),
             **{name: float(values[b]) for name, values in scores.factors.items()},
-            "payoff": chain.payoff,
-            "chain_error": chain.error,
+            "request_kind": request_kind(prompt.data_source, prompt.ground_truth),
+            "response_kind": experience.kinds_B[b],
             "right_action": experience.right_B[b],
-            "judge_score": None if judgement is None else judgement.score,
-            "judge_reply": None if judgement is None else judgement.reply,
-            "judge_error": None if judgement is None else judgement.error,
-            "consistency_reply": None if consistency is None else consistency.reply,
-            "consistency_error": None if consistency is None else consistency.error,
+            **_game_fields(scores, b),
+            **_judge_fields(scores, b),
         })
     return rows
+
+
+def _game_fields(scores: Scores, b: int) -> dict[str, Any]:
+    """The matrix that completion `b` wrote and its solution; null where there is none."""
+    chain = scores.chains[b]
+    solved = {name: float(values[b]) for name, values in scores.game.items()}
+    known = {name: value if np.isfinite(value) else None for name, value in solved.items()}
+    cell = known.pop("recommended")
+    return {
+        "payoff": chain.payoff,
+        "chain_error": chain.error,
+        "pareto_set": None if chain.payoff is None else list(scores.pareto[b]),
+        "recommended": None if cell is None else KEYS[int(cell)],
+        **known,
+    }
+
+
+def _judge_fields(scores: Scores, b: int) -> dict[str, Any]:
+    """What the judges said about completion `b`; null where nobody was asked."""
+    judgement, consistency = scores.judgements[b], scores.consistency_judgements[b]
+    return {
+        "judge_score": None if judgement is None else judgement.score,
+        "judge_reply": None if judgement is None else judgement.reply,
+        "judge_error": None if judgement is None else judgement.error,
+        "consistency_reply": None if consistency is None else consistency.reply,
+        "consistency_error": None if consistency is None else consistency.error,
+    }
