@@ -58,14 +58,14 @@ def _over_devices(chunked: Callable, layout: Layout) -> Callable:
     """`chunked` on every device's own prompts and stretch of time, with the whole head.
 
     By hand, since XLA would sum the head's gradient over the devices anew for every chunk. The
-    gradient of this gather is one reduce-scatter.
+    gradient of this gather is one reduce-scatter. `layout` has the rules of training, which cut the
+    head along `embed` and nowhere else.
     """
-    axes = layout.rules.embed
+    columns = layout.rules.embed
     stretches = layout.axis_size("sequence")
 
     def local(head_VD, hidden_QGTD, tokens_QGT):
-        if axes:
-            head_VD = jax.lax.all_gather(head_VD, axes, axis=1, tiled=True)
+        head_VD = jax.lax.all_gather(head_VD, columns, axis=1, tiled=True)
         return chunked(head_VD, hidden_QGTD, tokens_QGT)
 
     spec = layout.rules.spec
@@ -105,7 +105,7 @@ def _chunked_head(head_VD, hidden_QGTD, tokens_QGT, *, cfg: ModelConfig, filters
         logits_QGCV = forward.logits(head_VD.astype(dtype), cfg, hidden_QGCD)
         logits_QGCV = filters_lib.apply(logits_QGCV, filters, keep_ids=tokens_QGC)
         total_QGC = jax.nn.logsumexp(logits_QGCV, axis=-1)
-        # A masked sum, not a gather: the vocabulary may be cut over devices.
+        # A masked sum, not a gather, whose gradient would be a scatter into zeros `[Q, G, C, V]`.
         ids_V = jnp.arange(logits_QGCV.shape[-1])
         is_token = ids_V[None, None, None, :] == tokens_QGC[..., None]
         picked = jnp.where(is_token, logits_QGCV, 0.0).sum(axis=-1)
