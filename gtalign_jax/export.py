@@ -16,7 +16,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from gtalign_jax.config import CONFIG_FILE, Config, ConfigError, load_run_config
@@ -24,7 +23,7 @@ from gtalign_jax.data.chat import load_tokenizer, render_chat, stop_ids
 from gtalign_jax.game.chain import KEYS, SYSTEM, render
 from gtalign_jax.model import hf, load
 from gtalign_jax.model.safetensors_io import open_tensors
-from gtalign_jax.model.sharding import Layout, param_shardings
+from gtalign_jax.model.sharding import Layout, param_shardings, placed
 from gtalign_jax.model.spec import ModelConfig, Params, abstract_params, num_params
 from gtalign_jax.pod import exchange
 from gtalign_jax.pod.exchange import is_first
@@ -73,10 +72,7 @@ def restore_policy(
             model = load.model_config(config.model, len(tokenizer))
             params = abstract_params(model)
             if layout is not None:
-                params = jax.tree.map(
-                    lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where),
-                    params, param_shardings(model, layout),
-                )
+                params = placed(params, param_shardings(model, layout))
             wanted = {"state": {"params": params}}
             saved, _ = checkpoints.restore(wanted, step, partial=True)
             return saved["state"]["params"], model, f"{name} step {step}"

@@ -26,7 +26,7 @@ from gtalign_jax.aot.roofline import Work
 from gtalign_jax.config import Config
 from gtalign_jax.data.batches import WIDTH_MULTIPLE
 from gtalign_jax.model import forward, load
-from gtalign_jax.model.sharding import ROLLOUT, TRAIN, Layout, param_shardings
+from gtalign_jax.model.sharding import ROLLOUT, TRAIN, Layout, param_shardings, placed
 from gtalign_jax.model.spec import ModelConfig, Params, abstract_params
 from gtalign_jax.reward import scoring
 from gtalign_jax.rollout.sampler import Sampler, make_sampler
@@ -80,15 +80,6 @@ def bytes_per_chip(tree: Any) -> int:
     )
 
 
-def _placed(shapes: Any, shardings: Any) -> Any:
-    """`shapes` with shardings: a tree of the same form, or one for all leaves."""
-    if isinstance(shardings, jax.sharding.Sharding):
-        shardings = jax.tree.map(lambda _: shardings, shapes)
-    return jax.tree.map(
-        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, shardings
-    )
-
-
 @dataclasses.dataclass(frozen=True)
 class _Run:
     """The abstract arrays that a run holds, and the sizes of its batches."""
@@ -115,7 +106,7 @@ class _Run:
         return -(-self.config.data.max_prompt_tokens // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
 
     def params(self, layout: Layout, dtype: Any) -> Params:
-        return _placed(abstract_params(self.model, dtype), param_shardings(self.model, layout))
+        return placed(abstract_params(self.model, dtype), param_shardings(self.model, layout))
 
     @functools.cached_property
     def policy(self) -> Params:
@@ -158,7 +149,7 @@ class _Run:
     def key(self) -> jax.ShapeDtypeStruct:
         shape = jax.eval_shape(lambda: jax.random.key(0))
         everywhere = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
-        return _placed(shape, everywhere)
+        return placed(shape, everywhere)
 
 
 def programs(config: Config, model: ModelConfig, mesh: Mesh) -> list[Program]:
@@ -240,8 +231,8 @@ def _sampling(run: _Run, sampler: Sampler, stage: str, shape: tuple[int, int], c
     cache, last_Q = jax.eval_shape(sampler.prefill, *prompts)
     of_prompts = run.rollout.sharding("prompts")
     of_keys = run.rollout.sharding(*forward.PROMPT_CACHE_AXES)
-    cache = _placed(cache, forward.PromptCache(of_keys, of_keys, of_prompts))
-    last_Q = _placed(last_Q, of_prompts)
+    cache = placed(cache, forward.PromptCache(of_keys, of_keys, of_prompts))
+    last_Q = placed(last_Q, of_prompts)
     return [
         _program(f"{prefix}prefill", stage, calls, sampler.prefill, prompts, resident,
                  work=roofline.prefill_work(run.model, Q, S)),

@@ -216,6 +216,14 @@ def check_model_fits(cfg: ModelConfig, mesh: Mesh) -> None:
             )
 
 
+def placed(shapes: Any, shardings: Any) -> Any:
+    """`ShapeDtypeStruct`s of these shapes and dtypes that lie where `shardings`, alike in form,
+    say."""
+    return jax.tree.map(
+        lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, shardings
+    )
+
+
 def param_shardings(cfg: ModelConfig, layout: Layout) -> Any:
     """`NamedSharding`s in the shape of `Params`."""
     return jax.tree.map(lambda s: layout.sharding(*s.axes), param_specs(cfg), is_leaf=is_spec)

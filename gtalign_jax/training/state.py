@@ -15,7 +15,7 @@ import optax
 from flax import struct
 from jax.sharding import NamedSharding, PartitionSpec
 
-from gtalign_jax.model.sharding import Layout, param_shardings
+from gtalign_jax.model.sharding import Layout, param_shardings, placed
 from gtalign_jax.model.spec import ModelConfig, Params, abstract_params
 
 DECAYS = ("constant", "linear", "cosine")
@@ -131,10 +131,7 @@ def abstract_state(cfg: ModelConfig, optimizer: optax.GradientTransformation,
                    layout: Layout) -> TrainState:
     """`ShapeDtypeStruct`s with shardings in the shape of `TrainState`, to restore into."""
     shapes = jax.eval_shape(lambda p: new_state(p, optimizer), abstract_params(cfg))
-    return jax.tree.map(
-        lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
-        shapes, state_shardings(cfg, optimizer, layout),
-    )
+    return placed(shapes, state_shardings(cfg, optimizer, layout))
 
 
 def apply_gradients(state: TrainState, grads: Params,
