@@ -25,7 +25,7 @@ from gtalign_jax.aot import roofline
 from gtalign_jax.aot.roofline import Work
 from gtalign_jax.config import Config
 from gtalign_jax.data.batches import WIDTH_MULTIPLE
-from gtalign_jax.model import forward, load
+from gtalign_jax.model import load
 from gtalign_jax.model.sharding import ROLLOUT, TRAIN, Layout, param_shardings, placed
 from gtalign_jax.model.spec import ModelConfig, Params, abstract_params
 from gtalign_jax.reward import scoring
@@ -228,11 +228,7 @@ def _sampling(run: _Run, sampler: Sampler, stage: str, shape: tuple[int, int], c
     prefix = "" if stage == "grpo" else f"{stage} "
     here = functools.partial(run.array, layout=run.rollout)
     prompts = (run.sampling, here((Q, S)), here((Q,)))
-    cache, last_Q = jax.eval_shape(sampler.prefill, *prompts)
-    of_prompts = run.rollout.sharding("prompts")
-    of_keys = run.rollout.sharding(*forward.PROMPT_CACHE_AXES)
-    cache = placed(cache, forward.PromptCache(of_keys, of_keys, of_prompts))
-    last_Q = placed(last_Q, of_prompts)
+    cache, last_Q = jax.eval_shape(sampler.prefill, *prompts)  # with prefill's shardings
     return [
         _program(f"{prefix}prefill", stage, calls, sampler.prefill, prompts, resident,
                  work=roofline.prefill_work(run.model, Q, S)),
