@@ -281,9 +281,6 @@ def prefill(params: Params, cfg: ModelConfig, tokens_QS, lengths_Q,
     _, (k, v) = _run_prompts(
         params, cfg, tokens_QS, lengths_Q, layout, emit=lambda k, v: (k[:, :S], v[:, :S])
     )
-    if layout is not None:
-        k = layout.constrain(k, *PROMPT_CACHE_AXES)
-        v = layout.constrain(v, *PROMPT_CACHE_AXES)
     return PromptCache(k, v, lengths_Q)
 
 
