@@ -31,7 +31,6 @@ from gtalign_jax.model.spec import ModelConfig, Params, abstract_params
 from gtalign_jax.reward import scoring
 from gtalign_jax.rollout.sampler import Sampler, make_sampler
 from gtalign_jax.training import sft as sft_lib
-from gtalign_jax.training.collect import Collector
 from gtalign_jax.training.grpo import Batch
 from gtalign_jax.training.micro import piece_count
 from gtalign_jax.training.state import (
@@ -243,8 +242,8 @@ def _grpo(run: _Run) -> list[Program]:
     Q, G = cfg.prompts_per_step, cfg.samples_per_prompt
     state = run.state(cfg, run.updates)
     sampler = make_sampler(run.model, config.rollout, G, STOP_IDS, run.rollout)
-    collect = Collector(sampler, None, None, config.reward, run.rollout, config.rollout.filters)
-    learner = Learner.make(run.model, cfg, collect, run.train, run.dtype, cfg.steps)
+    learner = Learner.make(run.model, cfg, run.train, run.rollout,
+                           filters=config.rollout.filters, dtype=run.dtype, steps=cfg.steps)
     pieces = piece_count(Q, config.rollout.micro_batch_prompts, run.shards)
     held = {"reference": run.reference}
     out = []

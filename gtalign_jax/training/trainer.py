@@ -32,6 +32,7 @@ from gtalign_jax.pod import share
 from gtalign_jax.pod.notice import Notice, Preempted
 from gtalign_jax.pod.watch import Watch
 from gtalign_jax.reward.normalizers import normalize
+from gtalign_jax.rollout.filters import Filters
 from gtalign_jax.rollout.sampler import Rollout
 from gtalign_jax.training import grpo as grpo_lib
 from gtalign_jax.training import sft as sft_lib
@@ -181,7 +182,8 @@ def train_grpo(stage: Stage, fresh: Callable[[], TrainState], abstract: TrainSta
     """
     state, key, done = stage.resume(fresh, abstract)
     rollouts.truncate(done)
-    learner = Learner.make(model, cfg, collect, layout, dtype, stage.steps)
+    learner = Learner.make(model, cfg, layout, collect.layout, filters=collect.filters,
+                           dtype=dtype, steps=stage.steps)
     timer = PhaseTimer(stage.watch)
 
     def step_fn(state: TrainState, step: int) -> tuple[TrainState, dict[str, float]]:
@@ -249,15 +251,16 @@ class Learner:
     rate: Callable[[int], float]
 
     @classmethod
-    def make(cls, model: ModelConfig, cfg: GRPOConfig, collect: Collector, layout: Layout,
-             dtype: Any, steps: int) -> "Learner":
+    def make(cls, model: ModelConfig, cfg: GRPOConfig, layout: Layout, rollout: Layout, *,
+             filters: Filters, dtype: Any, steps: int) -> "Learner":
+        """`rollout`, `filters`: where the sampler wants its weights, and what it draws from."""
         total = steps * cfg.updates_per_step
-        options = {"filters": collect.filters, "dtype": dtype}
+        options = {"filters": filters, "dtype": dtype}
         optimizer = make_optimizer(cfg, total)
         return cls(
             cfg=cfg,
             layout=layout,
-            reshard=make_reshard(model, collect.layout, dtype),
+            reshard=make_reshard(model, rollout, dtype),
             one_update=grpo_lib.make_update(model, cfg, optimizer, layout=layout, **options),
             logps=grpo_lib.make_logps(model, cfg, layout=layout, **options),
             advantages=jax.jit(
