@@ -65,9 +65,10 @@ def restore_policy(
         with contextlib.closing(
             Checkpointer(directory, config.checkpoint, None, read_only=True)
         ) as checkpoints:
-            if not checkpoints.steps():  # killed before its first save: the stage before counts
+            newest = checkpoints.latest()
+            if newest is None:  # killed before its first save: the stage before counts
                 continue
-            step = checkpoints.latest() if step is None else step
+            step = newest if step is None else step
             tokenizer = load_tokenizer(find_tokenizer(config, workdir))
             model = load.model_config(config.model, len(tokenizer))
             params = abstract_params(model)

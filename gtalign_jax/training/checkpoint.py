@@ -142,9 +142,9 @@ class Checkpointer:
         Raises FileNotFoundError without such a step, CheckpointError where the fingerprint differs
         or the saved tree has other shapes.
         """
-        step = self.latest() if step is None else step
         have = self.steps()
-        if step is None or step not in have:
+        step = max(have, default=None) if step is None else step
+        if step not in have:
             raise FileNotFoundError(
                 f"no checkpoint of step {step} in {self.directory}: {have or 'none'}"
             )
