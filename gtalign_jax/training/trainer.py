@@ -40,6 +40,7 @@ from gtalign_jax.training.checkpoint import CheckpointConfig, Checkpointer
 from gtalign_jax.training.collect import Collector, Experience, Verdict, log_rows, summarise
 from gtalign_jax.training.compiles import compilations
 from gtalign_jax.training.grpo import Batch, GRPOConfig
+from gtalign_jax.training.logp import cast
 from gtalign_jax.training.metrics import Console, Mean, MetricsWriter, PhaseTimer, RolloutLog
 from gtalign_jax.training.sft import ExampleSet, SFTConfig
 from gtalign_jax.training.state import TrainState, make_optimizer, named_key, schedule
@@ -140,8 +141,8 @@ def host_metrics(seen: list[dict[str, dict[str, Any]]]) -> dict[str, float]:
 def make_reshard(cfg: ModelConfig, layout: Layout, dtype: Any) -> Callable[[Params], Params]:
     """The jitted cast and move of the weights to where and how rollout needs them, once a step."""
     # A copy even where nothing changes: the weights that it was made of will be donated.
-    cast = lambda params: jax.tree.map(lambda w: jnp.copy(w.astype(dtype)), params)  # noqa: E731
-    return jax.jit(cast, out_shardings=param_shardings(cfg, layout))
+    copy = lambda params: jax.tree.map(jnp.copy, cast(params, dtype))  # noqa: E731
+    return jax.jit(copy, out_shardings=param_shardings(cfg, layout))
 
 
 def train_sft(stage: Stage, fresh: Callable[[], TrainState], abstract: TrainState,
