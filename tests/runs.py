@@ -1,5 +1,6 @@
 """Whole runs, as small as they go: one layer of width 32, the built-in tasks, a few steps."""
 
+import importlib.util
 import json
 import zlib
 from pathlib import Path
@@ -38,6 +39,15 @@ def config(workdir, **overrides) -> Config:
         else:
             values[name] = value
     return freeze(Config, values)
+
+
+def config_of(name: str, words: str = "") -> Config:
+    """The frozen config of `configs/NAME.py[:words]`; unknown keys do not survive `freeze`."""
+    path = Path(__file__).resolve().parent.parent / "configs" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return freeze(Config, module.get_config(*([words] if words else [])))
 
 
 def metrics(workdir, stage: str) -> list[dict]:

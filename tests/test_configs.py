@@ -1,7 +1,6 @@
 """The config files: what they say, what they take, and what a mistake with them looks like."""
 
 import dataclasses
-import importlib.util
 import re
 import sys
 import types
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from absl import flags
+from runs import config_of
 
 from gtalign_jax.aot.chips import CHIPS
 from gtalign_jax.config import Config, batch_table, check, define_flag, from_flag, parse_flags
@@ -31,14 +31,6 @@ pytestmark = pytest.mark.filterwarnings(r"ignore:the load_module\(\) method:Depr
 def no_variables(monkeypatch):
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
-
-
-def config_of(name: str, *argument: str) -> Config:
-    """The frozen config of `configs/NAME.py[:argument]`; unknown keys do not survive `freeze`."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return freeze(Config, module.get_config(*argument))
 
 
 @pytest.fixture
@@ -79,6 +71,11 @@ def test_every_config_file_loads_and_shows_its_command(path):
 def test_the_demo_runs_on_any_number_of_devices_up_to_its_batch():
     for devices in (1, 2, 8, 16):
         check(config_of("demo_cpu"), devices)
+    with pytest.raises(ConfigError) as refused:
+        check(config_of("demo_cpu"), 32)
+    grpo, sft = str(refused.value).splitlines()
+    assert grpo.startswith("grpo.prompts_per_step=16 must be a multiple of 32")
+    assert sft.startswith("sft.batch_size=16 must be a multiple of 32")
 
 
 @pytest.mark.parametrize("machine, size", CHOICES)

@@ -3,7 +3,6 @@
     GTALIGN_WRITE_GOLDEN=1 python -m pytest tests/test_golden_shardings.py     writes the files anew
 """
 
-import importlib.util
 import json
 import os
 from pathlib import Path
@@ -11,29 +10,21 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from runs import config_of
 
 from gtalign_jax.aot.topology import describe
 from gtalign_jax.config import Config
-from gtalign_jax.freeze import freeze
 from gtalign_jax.model import forward, load
 from gtalign_jax.model.sharding import ROLLOUT, TRAIN, Layout, make_mesh, param_shardings
 from gtalign_jax.model.spec import abstract_params
 from gtalign_jax.paper import FITS
 from gtalign_jax.training.state import abstract_state, make_optimizer
 
-ROOT = Path(__file__).resolve().parent.parent
-GOLDEN = ROOT / "tests" / "golden"
+GOLDEN = Path(__file__).resolve().parent / "golden"
 CONFIGS = [("demo_cpu", "", "v5e-8")] + [
     (f"tpu_{machine}", size, fit.slice) for machine, fits in FITS.items()
     for size, fit in fits.items()
 ]
-
-
-def config_of(name: str, size: str) -> Config:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return freeze(Config, module.get_config(*filter(None, [size])))
 
 
 def place(x: jax.ShapeDtypeStruct, sharding) -> str:
