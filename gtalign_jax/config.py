@@ -7,7 +7,6 @@ revision, command line), secrets redacted. Below `main` nobody sees a ConfigDict
 """
 
 import dataclasses
-import importlib.metadata
 import json
 import platform
 import re
@@ -25,7 +24,7 @@ from gtalign_jax.evaluation.evaluate import EvaluateConfig
 from gtalign_jax.freeze import ConfigError, check_overrides, freeze, to_dict
 from gtalign_jax.model.load import ModelSource
 from gtalign_jax.model.sharding import BATCH_AXES, MeshConfig, batch_shards
-from gtalign_jax.pod.start import PodConfig
+from gtalign_jax.pod.start import PodConfig, installed
 from gtalign_jax.reward.judges import JudgeConfig
 from gtalign_jax.reward.normalizers import NORMALIZERS
 from gtalign_jax.reward.scoring import RewardConfig
@@ -320,14 +319,7 @@ def git_revision() -> str | None:
 
 def versions() -> dict[str, str | None]:
     """The installed version of each of PACKAGES."""
-    return {name: _version(name) for name in PACKAGES}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    return {name: installed(name) for name in PACKAGES}
 
 
 _SECRET_KEY = r"(?:api_?key|secret|password|passwd|(?:access|auth|hf|bearer)_?token|token)"

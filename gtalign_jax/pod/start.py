@@ -115,12 +115,16 @@ def check_same(name: str, mapping: Mapping[str, str]) -> None:
 def versions() -> dict[str, str]:
     """What must not differ between processes: Python, the numeric packages, our own source."""
     found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "none"
+    found |= {package: installed(package) or "none" for package in PACKAGES}
     return {**found, "gtalign_jax": _source_digest()}
+
+
+def installed(package: str) -> str | None:
+    """The installed version of a package; None where it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _source_digest() -> str:
