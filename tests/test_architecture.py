@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "pod": set(),
     "training": {"game", "data", "reward", "model", "rollout", "evaluation", "pod"},
     "evaluation": {"game", "data", "reward", "model", "rollout", "training", "pod"},
+    "report": {"game", "data", "reward", "training", "evaluation"},
     # What compiles a whole run's programs without running it has to know what a run is made of.
     "aot": {"game", "data", "reward", "model", "rollout", "training", "evaluation", "top"},
 }
