@@ -61,8 +61,9 @@ def test_the_console_shows_value_and_interval_side_by_side(groups):
     text = tables.console(found)
     e, m = found["after | GRPO"]["overall"]["user_welfare"], BY_NAME["user_welfare"]
     line = next(line for line in text.splitlines() if line.startswith("user welfare"))
-    assert " ".join(line.split()).endswith(f"0.000 [0.000, 0.000] {e.value:.3f} [{e.low:.3f}, {e.high:.3f}]")
-    assert tables.shown(e, m) in line
+    after = f"{e.value:.3f} [{e.low:.3f}, {e.high:.3f}]"
+    assert after == tables.shown(e, m)
+    assert " ".join(line.split()).endswith(f"0.000 [0.000, 0.000] {after}")
     assert "goes along" not in text  # nobody asked for harm: no empty line
     assert "social welfare, medium" in text
 
