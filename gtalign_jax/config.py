@@ -14,7 +14,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from absl import flags
 from ml_collections import config_flags
@@ -34,6 +34,7 @@ from gtalign_jax.training.grpo import GRPOConfig
 from gtalign_jax.training.micro import piece_count
 from gtalign_jax.training.sft import SFTConfig
 
+T = TypeVar("T")
 STAGES = ("sft", "grpo", "evaluate", "export")
 CONFIG_FILE, RUN_INFO_FILE = "config.json", "run_info.json"
 PACKAGES = (
@@ -82,18 +83,18 @@ _CIRCUMSTANCES = re.compile(
 )
 
 
-def define_flag() -> flags.FlagHolder:
+def define_flag(example: str = "configs/demo_cpu.py") -> flags.FlagHolder:
     """`--config=FILE[:argument]` and `--config.section.key=value`."""
     return config_flags.DEFINE_config_file(
-        "config", None, "Config file, as in --config=configs/demo_cpu.py", lock_config=True
+        "config", None, f"Config file, as in --config={example}", lock_config=True
     )
 
 
-def parse_flags(argv: Sequence[str]) -> list[str]:
-    """For `absl.app.run(main, flags_parser=…)`: an override of an unknown key, a value that is none
-    and what a config file raises end with one line and exit status 2."""
+def parse_flags(argv: Sequence[str], cls: type = Config) -> list[str]:
+    """For `absl.app.run(main, flags_parser=…)`: an override of a key unknown to the dataclass
+    `cls`, a value that is none and what a config file raises end with one line and status 2."""
     try:
-        check_overrides(Config, argv[1:])
+        check_overrides(cls, argv[1:])
         return flags.FLAGS(list(argv))
     except ConfigError as error:
         problem = str(error)
@@ -113,12 +114,13 @@ def _flag_problem(text: str) -> str:
     return f"{flag[1]}: {reason}" if flag and reason else text
 
 
-def from_flag(holder: flags.FlagHolder) -> Config:
-    """The frozen config that the command line names. Raises ConfigError."""
+def from_flag(holder: flags.FlagHolder, cls: type[T] = Config) -> T:
+    """The frozen config that the command line names, a `cls`. Raises ConfigError."""
     if holder.value is None:
-        raise ConfigError("--config=FILE is required, for example --config=configs/demo_cpu.py")
+        example = flags.FLAGS[holder.name].help.rpartition(", as in ")[2]
+        raise ConfigError(f"--config=FILE is required, for example {example}")
     try:
-        return freeze(Config, holder.value)
+        return freeze(cls, holder.value)
     except OSError as error:  # ml_collections keeps a file that it could not read until now
         raise ConfigError(f"--config: {str(error).strip().splitlines()[-1].strip()}") from error
 
@@ -133,6 +135,11 @@ def check(config: Config, device_count: int, slices: int = 1) -> None:
     except ValueError as error:
         raise ConfigError(str(error)) from error
     problems = []
+    if config.data.reasoning != config.reward.reasoning:
+        problems.append(
+            f"data.reasoning={config.data.reasoning!r}, reward.reasoning="
+            f"{config.reward.reasoning!r}: what is asked for and what is rewarded must be the same"
+        )
     if "grpo" in config.stages:
         problems += _grpo_problems(config.grpo, shards) or _rollout_problems(config, shards)
     if "sft" in config.stages:
@@ -261,6 +268,9 @@ def fingerprint(config: Config, **identity: Any) -> dict[str, Any]:
     """
     flat = flatten(to_dict(config))
     flat = {key: value for key, value in flat.items() if not _CIRCUMSTANCES.fullmatch(key)}
+    for key in ("data.reasoning", "reward.reasoning"):  # younger than many a checkpoint
+        if flat[key] == "tagged":
+            del flat[key]
     for section in ("sft", "grpo"):
         if flat[f"{section}.decay"] == "constant":
             del flat[f"{section}.steps"]

@@ -286,18 +286,20 @@ def split_of(question: str) -> str:
     return "test" if int.from_bytes(digest, "big") % TEST_SHARE == 0 else "train"
 
 
-def messages_for(question: str) -> tuple[dict[str, str], ...]:
-    """The chat sent for a built-in question: a brief system message, then the bare question."""
-    return (
-        {"role": "system", "content": BRIEF_INSTRUCTION},
-        {"role": "user", "content": question},
-    )
+def messages_for(question: str, reasoning: str = "tagged") -> tuple[dict[str, str], ...]:
+    """The chat sent for a built-in question: a brief system message, then the bare question.
+
+    With reasoning "none" (of `chain.REASONING`) the question is all.
+    """
+    system = ({"role": "system", "content": BRIEF_INSTRUCTION},) if reasoning == "tagged" else ()
+    return (*system, {"role": "user", "content": question})
 
 
-def generate(split: str, size: int, seed: int) -> list[Prompt]:
+def generate(split: str, size: int, seed: int, reasoning: str = "tagged") -> list[Prompt]:
     """Draws `size` distinct prompts of a split; the same (split, size, seed) gives the same list.
 
     Sources come in the shares of `MIX`, in random order. size 0 means `DEFAULT_SIZES[split]`.
+    `reasoning` changes the messages alone.
 
     Raises:
       ValueError: unknown split, or more prompts wanted than the closed world holds.
@@ -319,7 +321,7 @@ def generate(split: str, size: int, seed: int) -> list[Prompt]:
         Prompt(
             id=f"{split}-{i:06d}",
             data_source=source,
-            messages=messages_for(draft.question),
+            messages=messages_for(draft.question, reasoning),
             ground_truth=draft.ground_truth,
             question=draft.question,
             extra=draft.extra,

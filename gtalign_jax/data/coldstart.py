@@ -130,13 +130,23 @@ QUESTION = {
 }
 
 
-def cold_start_examples(prompts: Iterable[Prompt], seed: int) -> list[Example]:
-    """One chain for each built-in prompt; the same prompts and seed give the same chains."""
-    return [(p, render_chain(p, random.Random(f"coldstart/{seed}/{p.id}"))) for p in prompts]
+def cold_start_examples(prompts: Iterable[Prompt], seed: int,
+                        reasoning: str = "tagged") -> list[Example]:
+    """One chain for each built-in prompt; the same prompts and seed give the same chains.
+
+    With reasoning "none" (of `chain.REASONING`) the completion is the chain's response alone: the
+    same action, in the same words.
+    """
+    chains = [(p, render_chain(p, random.Random(f"coldstart/{seed}/{p.id}"))) for p in prompts]
+    if reasoning == "tagged":
+        return chains
+    return [(prompt, chain.parse(text).response) for prompt, text in chains]
 
 
-def load_examples(path: str) -> list[Example]:
+def load_examples(path: str, reasoning: str = "tagged") -> list[Example]:
     """A user's own chains: JSONL rows with `messages` (or `prompt`) and `completion`.
+
+    With reasoning "none" (of `chain.REASONING`) any completion with words in it will do.
 
     `data_source`, `ground_truth` and `question` are optional. Malformed rows are reported with
     their number, skipped and counted.
@@ -148,7 +158,7 @@ def load_examples(path: str) -> list[Example]:
     rows, examples = read_jsonl(path), []
     for number, row in enumerate(rows):
         try:
-            examples.append(_read_example(row, f"chains:{number}"))
+            examples.append(_read_example(row, f"chains:{number}", reasoning))
         except MalformedRow as error:
             log.warning("%s row %d skipped: %s", path, number, error)
         except TypeError as error:
@@ -160,7 +170,7 @@ def load_examples(path: str) -> list[Example]:
     return examples
 
 
-def _read_example(row: Row | MalformedRow, row_id: str) -> Example:
+def _read_example(row: Row | MalformedRow, row_id: str, reasoning: str) -> Example:
     if isinstance(row, MalformedRow):
         raise row
     messages = read_messages(row.get("messages", row.get("prompt")))
@@ -168,7 +178,10 @@ def _read_example(row: Row | MalformedRow, row_id: str) -> Example:
     if not isinstance(completion, str):
         raise MalformedRow(f"completion is {completion!r:.40}, not text")
     parsed = chain.parse(completion)
-    if not parsed.format_ok:
+    if reasoning == "none":
+        if not completion.strip():
+            raise MalformedRow("completion is empty")
+    elif not parsed.format_ok:
         raise MalformedRow(f"completion is no reasoning chain: {parsed.error or 'blocks astray'}")
     prompt = Prompt(
         id=row_id,

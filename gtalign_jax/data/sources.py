@@ -33,6 +33,10 @@ REQUIRED = ("prompt", "data_source", "reward_model")
 ROLES = ("system", "user", "assistant", "tool")
 SPLITS = ("train", "test")
 INSTRUCTIONS = ("as_given", "ours")
+TEXTS = {  # (system text, what stands before the last question) in place of the file's messages
+    "ours": (chain.SYSTEM, f"{chain.INSTRUCTION}\n\n"),
+    "none": (chain.PLAIN_SYSTEM, ""),
+}
 MAX_REPORTS = 20  # malformed rows named one by one; the rest are only counted
 
 Row = Mapping[str, Any]
@@ -48,6 +52,10 @@ class DataConfig:
         "owner/name:config"), whose split of the same name is read.
       instruction: "as_given" sends the file's messages; "ours" sends the chat history, or else
         the bare question, under `game.chain`'s system text and instruction instead.
+      reasoning: what the model is asked for: "tagged", the four blocks of `game.chain`, or "none",
+        the bare response: built-in prompts then carry no instruction, others our system text
+        alone (`instruction` must be "ours", since the file's messages ask for blocks). As
+        `reward.reasoning`.
       max_prompt_tokens: longer prompts are dropped and counted.
       seed: of the built-in generator and of the choice that a size makes.
       train_size, test_size: how many prompts; 0 = all (built-in: `builtin.DEFAULT_SIZES`).
@@ -57,6 +65,7 @@ class DataConfig:
     train: tuple[str, ...] = ()
     test: tuple[str, ...] = ()
     instruction: str = "as_given"
+    reasoning: str = "tagged"
     max_prompt_tokens: int = 2048
     seed: int = 0
     train_size: int = 0
@@ -78,10 +87,11 @@ def load_prompts(cfg: DataConfig, split: str) -> list[Prompt]:
     _check(cfg, split)
     size = {"train": cfg.train_size, "test": cfg.test_size}[split]
     if cfg.source == "builtin":
-        return builtin.generate(split, size, cfg.seed)
+        return builtin.generate(split, size, cfg.seed, cfg.reasoning)
+    asked = cfg.instruction if cfg.reasoning == "tagged" else "none"
     prompts = []
     for order, (name, rows) in enumerate(SOURCES[cfg.source](cfg, split)):
-        prompts += _read_rows(f"{order}:{_short_name(name)}", name, rows, cfg.instruction)
+        prompts += _read_rows(f"{order}:{_short_name(name)}", name, rows, asked)
     if size and size < len(prompts):
         kept = random.Random(f"subset/{cfg.seed}/{split}").sample(range(len(prompts)), size)
         prompts = [prompts[i] for i in sorted(kept)]
@@ -94,9 +104,15 @@ def _check(cfg: DataConfig, split: str) -> None:
         ("split", split, SPLITS),
         ("data.source", cfg.source, sources),
         ("data.instruction", cfg.instruction, INSTRUCTIONS),
+        ("data.reasoning", cfg.reasoning, chain.REASONING),
     ):
         if value not in allowed:
             raise ValueError(f"{key} = {value!r}; allowed: {', '.join(allowed)}")
+    if cfg.reasoning == "none" and cfg.source != "builtin" and cfg.instruction != "ours":
+        raise ValueError(
+            f"data.instruction = {cfg.instruction!r} with data.reasoning = 'none': the messages of "
+            "the file ask for the blocks; set data.instruction = 'ours'"
+        )
     names = {"train": cfg.train, "test": cfg.test}[split]
     if cfg.source != "builtin" and not names:
         raise ValueError(f"data.{split} is empty; data.source = {cfg.source!r} needs names in it")
@@ -186,7 +202,10 @@ def _read_rows(
 
 
 def read_prompt(row: Row | MalformedRow, row_id: str, instruction: str = "as_given") -> Prompt:
-    """A row in the schema of this module -> Prompt; raises MalformedRow, or TypeError (string)."""
+    """A row in the schema of this module -> Prompt; raises MalformedRow, or TypeError (string).
+
+    `instruction`: one of `INSTRUCTIONS`, or "none": like "ours", but blocks are not asked for.
+    """
     if isinstance(row, MalformedRow):
         raise row
     messages = _ending_with_user(read_messages(row.get("prompt")))
@@ -199,9 +218,9 @@ def read_prompt(row: Row | MalformedRow, row_id: str, instruction: str = "as_giv
     question = info.get("single_turn_prompt") or messages[-1]["content"]
     if not isinstance(question, str):
         raise MalformedRow(f"extra_info.single_turn_prompt is {question!r:.30}, not text")
-    if instruction == "ours":
+    if instruction in TEXTS:
         turns = info.get("chat_history") or [{"role": "user", "content": question}]
-        messages = _instructed(_ending_with_user(read_messages(turns)))
+        messages = _instructed(_ending_with_user(read_messages(turns)), *TEXTS[instruction])
     return Prompt(
         id=row_id,
         data_source=source,
@@ -221,10 +240,10 @@ def _ending_with_user(messages: Messages) -> Messages:
     return messages
 
 
-def _instructed(turns: Messages) -> Messages:
-    """A conversation under our system text, with our instruction before its last question."""
-    last = {"role": "user", "content": f"{chain.INSTRUCTION}\n\n{turns[-1]['content']}"}
-    return ({"role": "system", "content": chain.SYSTEM}, *turns[:-1], last)
+def _instructed(turns: Messages, system: str, instruction: str) -> Messages:
+    """A conversation under `system`, with `instruction` before its last question."""
+    last = {"role": "user", "content": instruction + turns[-1]["content"]}
+    return ({"role": "system", "content": system}, *turns[:-1], last)
 
 
 def read_messages(value: Any) -> Messages:

@@ -23,6 +23,7 @@ USER_ACTIONS = ("VQ", "DQ")
 ACTIONS = ("DA", "CQ", "AQ")
 PLAYERS = ("LLM", "user")
 KEYS = tuple(f"{user}_{action}" for user in USER_ACTIONS for action in ACTIONS)
+REASONING = ("tagged", "none")  # the four blocks, or the bare response
 BLOCKS = ("thinking", "payoff", "analyze", "response")
 
 MAX_PAYOFF_CHARS = 20_000
@@ -58,6 +59,13 @@ most one decimal; higher is better.
 good for both sides and better for one. Among them choose the cell with the largest LLM + user; \
 if several tie, the largest user; if they still tie, the largest LLM. Name its key.
 <response>: carry the chosen action out for the user. No word about the game here."""
+
+# For the baseline without blocks ("none" of REASONING): what both sides gain by, and no format.
+PLAIN_SYSTEM = (
+    "You are an assistant. Give your user a short, correct and helpful answer to what was really "
+    "meant. When a question leaves its meaning open, asking can be worth more than guessing. When "
+    "a request would harm somebody, offer the nearest thing that helps without the harm."
+)
 
 BRIEF_INSTRUCTION = "Write thinking, payoff, analyze, response; act on the best cell."
 
@@ -116,6 +124,19 @@ def parse(text: str) -> Chain:
         format_ok=payoff is not None and _is_four_blocks(text),
         prefix=text.partition("<response>")[0],
         error=error,
+    )
+
+
+def plain(text: str) -> Chain:
+    """A completion that is meant to have no blocks: all of it is the response.
+
+    There is nothing that the user waits for, no matrix and no format to keep; an empty completion
+    has no response.
+    """
+    response = text.strip()
+    return Chain(
+        thinking=None, payoff=None, analyze=None, response=response or None, payoff_UAP=None,
+        format_ok=False, prefix="", error=None if response else "an empty completion",
     )
 
 

@@ -33,6 +33,10 @@ from gtalign_jax.reward import math_equal, tasks
 from gtalign_jax.reward.factors import LLMWeights, UserWeights
 from gtalign_jax.reward.judges import Judge, Judgement, JudgeRequest
 
+_READ: dict[str, Callable[[str], chain_lib.Chain]] = {
+    "tagged": chain_lib.parse, "none": chain_lib.plain,
+}
+
 
 @dataclass(frozen=True)
 class RewardConfig:
@@ -42,6 +46,9 @@ class RewardConfig:
       welfare: a key of `game.welfare.AGGREGATIONS`. rho: exponent of "ces".
       consistency: does `<analyze>` follow from the matrix? "none" (no weight), "solver" (checked
         by our solver) or "judge"; with one of the latter two `llm_consistent` replaces `llm`.
+      reasoning: what a completion must be: "tagged" (the four blocks) or "none", the baseline
+        without them: the bare response. Then format, matrix quality and consistency are not
+        earned, nothing is waited for, and all weights stay as they are. As `data.reasoning`.
       math: "equivalence" (math-verify) or "judge", for the sources measured by mathematics.
       user, llm, llm_consistent: weights. floor: added to both utilities.
       reading_words, verbosity_words: windows [low, high]; slope: of their edges, per word.
@@ -51,6 +58,7 @@ class RewardConfig:
     welfare: Literal["cobb_douglas", "linear", "user", "llm", "ces"] = "cobb_douglas"
     rho: float = 0.0
     consistency: Literal["none", "solver", "judge"] = "none"
+    reasoning: Literal["tagged", "none"] = "tagged"
     math: Literal["equivalence", "judge"] = "equivalence"
     user: UserWeights = UserWeights()
     llm: LLMWeights = LLMWeights()
@@ -66,6 +74,7 @@ class RewardConfig:
         allowed = {
             "welfare": tuple(welfare.AGGREGATIONS),
             "consistency": ("none", "solver", "judge"),
+            "reasoning": tuple(_READ),
             "math": ("equivalence", "judge"),
         }
         for name, choices in allowed.items():
@@ -73,6 +82,11 @@ class RewardConfig:
                 raise ValueError(
                     f"reward.{name}={getattr(self, name)!r}; allowed: {', '.join(choices)}"
                 )
+        if self.reasoning == "none" and self.consistency != "none":
+            raise ValueError(
+                f"reward.consistency={self.consistency!r} with reward.reasoning='none': there is "
+                "no analysis to be consistent; allowed: none"
+            )
         if math.isnan(self.rho):
             raise ValueError("reward.rho is NaN; any other number is allowed, infinities too")
         if self.latency_chars <= 0:
@@ -145,7 +159,7 @@ def score(
     if not len(prompts) == len(texts) == len(given):
         raise ValueError(f"{len(prompts)} prompts, {len(texts)} texts, {len(given)} given scores")
     all_tasks = [tasks.task_of(prompt.data_source) for prompt in prompts]
-    chains = [chain_lib.parse(text) for text in texts]
+    chains = [_READ[cfg.reasoning](text) for text in texts]
     parsed_B = np.array([chain.payoff is not None for chain in chains], bool)
     payoff_BUAP, solution, pareto = _play(chains)
     usable_B = np.array([_is_usable(chain, cfg) for chain in chains], bool)

@@ -1,0 +1,24 @@
+"""The demo's cold start under six rewards and three seeds, on a laptop.
+
+    python -m gtalign_jax.ablate --config=configs/ablation_cpu.py
+
+Settings of all runs stand under `run`, as in --config.run.grpo.steps=30; `rewards` and `seeds` say
+which runs there are, as in --config.seeds="(0,1)". The same command goes on where it was stopped.
+"""
+
+import runpy
+from pathlib import Path
+
+from gtalign_jax.freeze import to_config_dict
+from gtalign_jax.variants import Ablation
+
+DEMO = Path(__file__).with_name("demo_cpu.py")
+
+
+def get_config():
+    c = to_config_dict(Ablation())
+    c.rewards = ("cobb_douglas", "linear", "user", "llm", "rawls", "untagged")
+    c.seeds = (0, 1, 2)
+    c.workdir = "runs/ablation"
+    c.run = runpy.run_path(str(DEMO))["get_config"]()
+    return c
