@@ -149,6 +149,12 @@ class MetricsWriter:
         self._lines.truncate(stage, step)
         self._board(stage, step + 1)
 
+    def steps(self, stage: str) -> list[int]:
+        """The steps that `stage` has rows of; none in a process that does not write."""
+        if self._lines is None:
+            return []
+        return [row["step"] for row in read_rows(self._lines.path) if row["stage"] == stage]
+
     def flush(self) -> None:
         """What was written is in the files; of TensorBoard's, but for the last moment's."""
         for board in self._boards.values():

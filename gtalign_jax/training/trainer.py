@@ -179,10 +179,13 @@ def train_grpo(stage: Stage, fresh: Callable[[], TrainState], abstract: TrainSta
 
     Args:
       reference: the frozen policy of the KL term in the dtype to compute in; None without one.
-      after: called with (steps done, state) at the end of every step; evaluates, for instance.
+      after: called with (steps done, state) at the end of every step, and first of all with what a
+        checkpoint holds: the run that saved it may have ended before. Evaluates, for instance.
     """
     state, key, done = stage.resume(fresh, abstract)
     rollouts.truncate(done)
+    if done and after is not None:
+        after(done, state)
     learner = Learner.make(model, cfg, layout, collect.layout, filters=collect.filters,
                            dtype=dtype, steps=stage.steps)
     timer = PhaseTimer(stage.watch)
