@@ -12,26 +12,22 @@ import functools
 import hashlib
 import json
 import logging
-import time
-from pathlib import Path
-from typing import Any
 
 import jax
 
 from gtalign_jax import export
 from gtalign_jax.config import Config
 from gtalign_jax.data.chat import encode_chats, encode_completion
-from gtalign_jax.evaluation.evaluate import evaluate
 from gtalign_jax.model import load
 from gtalign_jax.model.spec import Params
 from gtalign_jax.pod import exchange
 from gtalign_jax.pod.exchange import is_first
 from gtalign_jax.pod.notice import Notice
 from gtalign_jax.pod.watch import Watch
-from gtalign_jax.session import Session, examples, open_session
+from gtalign_jax.session import Bench, Session, examples, open_session
 from gtalign_jax.training import plots
 from gtalign_jax.training.checkpoint import Checkpointer
-from gtalign_jax.training.metrics import RolloutLog, read_rows, step_line
+from gtalign_jax.training.metrics import RolloutLog
 from gtalign_jax.training.sft import ExampleSet
 from gtalign_jax.training.state import (
     OptimizerConfig,
@@ -40,7 +36,6 @@ from gtalign_jax.training.state import (
     discard,
     make_optimizer,
     make_state,
-    named_key,
 )
 from gtalign_jax.training.trainer import make_reshard, train_grpo, train_sft
 from gtalign_jax.workdir import to_write
@@ -48,11 +43,11 @@ from gtalign_jax.workdir import to_write
 log = logging.getLogger(__name__)
 
 
-def load_policy(session: Session) -> Params:
+def load_policy(bench: Bench) -> Params:
     """The weights that the run starts from, cut over the mesh by the training rules."""
-    config = session.config
+    config = bench.config
     key = jax.random.fold_in(jax.random.key(config.seed), 0)
-    return load.load_model(config.model, session.model, session.train_layout, key)
+    return load.load_model(config.model, bench.model, bench.train_layout, key)
 
 
 def _example_set(session: Session) -> ExampleSet:
@@ -136,28 +131,8 @@ def _states(session: Session, policy: Params | None, cfg: OptimizerConfig, updat
 
 def evaluate_policy(session: Session, params: Params, label: str) -> dict[str, float]:
     """Means over the held-out prompts; the completions go to evaluations.jsonl."""
-    began = time.perf_counter()
-    config, (collect, reshard) = session.config, session.evaluation
-    key = named_key(jax.random.key(config.seed), "evaluate", 0)
-    with session.watch.phase("evaluate"):
-        results, rows = evaluate(reshard(params), collect, session.test, config.evaluate, key)
-        if is_first():
-            _save_evaluation(session.files.directory / "evaluations.jsonl", label, rows)
-    session.console.say(
-        f"{label}: {len(rows)} held-out completions in {time.perf_counter() - began:.1f}s | "
-        f"{step_line(results)}"
-    )
-    return results
-
-
-def _save_evaluation(path: Path, label: str, rows: list[dict[str, Any]]) -> None:
-    """In place of what `label` has there: a resumed or prolonged run evaluates some anew."""
-    kept = [row for row in read_rows(path) if row["label"] != label] if path.exists() else []
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n"
-                        for row in (*kept, *({"label": label, **row} for row in rows)))
-    partial.replace(path)
+    _, reshard = session.evaluation
+    return session.examine(reshard(params), label, session.files.directory)
 
 
 def run(config: Config) -> dict[str, dict[str, float]]:

@@ -1,7 +1,11 @@
 """What all stages of a run share, and everything that can be wrong before the first step.
 
-    open_session   config -> devices, tokenizer, prompts, judge, writers: mistakes in the input are
-                   found here, before any compilation
+    open_bench     config, tokenizer -> devices, model, held-out prompts, judge: what it takes to
+                   let a policy answer, and to score it
+    open_session   that, and what a run has besides: training prompts, writers, checkpoints
+
+Mistakes in the input are found here, before any compilation. Training prompts are read only where
+something is trained.
 
 On a pod every process opens a session of its own. What is read from the work directory is decided
 by process 0, which alone writes there (checkpoints aside); what must agree between processes is
@@ -14,6 +18,7 @@ import functools
 import hashlib
 import json
 import logging
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +28,7 @@ import jax.numpy as jnp
 from transformers import PreTrainedTokenizerBase
 
 from gtalign_jax import export
-from gtalign_jax.config import Config, batch_table, check, fingerprint, save_run_info
+from gtalign_jax.config import Config, ConfigError, batch_table, check, fingerprint, save_run_info
 from gtalign_jax.data import coldstart
 from gtalign_jax.data.batches import PromptSet
 from gtalign_jax.data.chat import load_tokenizer
@@ -31,6 +36,7 @@ from gtalign_jax.data.chat import stop_ids as find_stop_ids
 from gtalign_jax.data.prompt import Prompt
 from gtalign_jax.data.sources import load_prompts
 from gtalign_jax.data.tokenizer import chain_corpus, train_tokenizer
+from gtalign_jax.evaluation.evaluate import EVALUATIONS_FILE, Progress, evaluate, save_rows
 from gtalign_jax.model import load
 from gtalign_jax.model.sharding import (
     ROLLOUT,
@@ -40,7 +46,7 @@ from gtalign_jax.model.sharding import (
     make_mesh,
     slice_count,
 )
-from gtalign_jax.model.spec import ModelConfig, num_params
+from gtalign_jax.model.spec import ModelConfig, Params, num_params
 from gtalign_jax.pod import exchange, share
 from gtalign_jax.pod.exchange import is_first
 from gtalign_jax.pod.notice import Notice, Preempted
@@ -52,7 +58,8 @@ from gtalign_jax.reward.tasks import task_of
 from gtalign_jax.rollout.sampler import SamplerConfig, make_sampler
 from gtalign_jax.training.checkpoint import Checkpointer
 from gtalign_jax.training.collect import Collector
-from gtalign_jax.training.metrics import Console, MetricsWriter
+from gtalign_jax.training.metrics import Console, MetricsWriter, step_line
+from gtalign_jax.training.state import named_key
 from gtalign_jax.training.trainer import Stage, make_reshard
 from gtalign_jax.workdir import Files, TransferError, is_dir, is_remote
 
@@ -63,23 +70,74 @@ SFT_KEYS = ("seed", "model.", "data.", "sft.", "identity")  # what a cold start 
 
 
 @dataclasses.dataclass(frozen=True)
-class Session:
-    """What every stage of a run shares."""
+class Bench:
+    """What it takes to let a policy answer prompts and to score it. Writes nothing anywhere."""
 
     config: Config
     model: ModelConfig
     tokenizer: PreTrainedTokenizerBase
     tokenizer_dir: str
     stop_ids: tuple[int, ...]
-    train: PromptSet
     test: PromptSet | None
     judge: Judge
     train_layout: Layout
     rollout_layout: Layout
     dtype: Any
-    metrics: MetricsWriter
     console: Console
     watch: Watch
+
+    @functools.cached_property
+    def evaluation(self) -> tuple[Collector, Any]:
+        """(collector, reshard) for held-out prompts; made once, so that each compiles once."""
+        cfg = self.config.evaluate
+        sampler = dataclasses.replace(
+            self.config.rollout, temperature=cfg.temperature, top_k=0, top_p=1.0
+        )
+        reshard = make_reshard(self.model, self.rollout_layout, self.dtype)
+        return self.collector(sampler, cfg.samples), reshard
+
+    def examine(self, params: Params, label: str, directory: Path) -> dict[str, float]:
+        """Means over the held-out prompts; the completions go to `directory`/evaluations.jsonl.
+
+        `params` are laid out for rollout, in the dtype to compute in (what `reshard` makes).
+        """
+        began, (collect, _) = time.perf_counter(), self.evaluation
+        key = named_key(jax.random.key(self.config.seed), "evaluate", 0)
+        progress = Progress(self.console.say, label)
+
+        def told(done: int, count: int) -> None:
+            progress(done, count)
+            with self.watch.phase("evaluate"):
+                pass  # the deadline is that of a batch
+
+        with self.watch.phase("evaluate"):
+            means, rows = evaluate(params, collect, self.test, self.config.evaluate, key, told)
+            if is_first():
+                save_rows(directory / EVALUATIONS_FILE, label, rows)
+        self.console.say(
+            f"{label}: {len(rows)} held-out completions in {time.perf_counter() - began:.1f}s | "
+            f"{step_line(means)}"
+        )
+        return means
+
+    def collector(self, sampler: SamplerConfig, samples: int,
+                  micro_batch_prompts: int = 0) -> Collector:
+        return Collector(
+            sample=make_sampler(self.model, sampler, samples, self.stop_ids, self.rollout_layout),
+            tokenizer=self.tokenizer,
+            judge=self.judge,
+            reward=self.config.reward,
+            layout=self.rollout_layout,
+            filters=sampler.filters,
+            micro_batch_prompts=micro_batch_prompts,
+        )
+
+@dataclasses.dataclass(frozen=True)
+class Session(Bench):
+    """What every stage of a run shares. `train` is None where no stage trains."""
+
+    train: PromptSet | None
+    metrics: MetricsWriter
     notice: Notice
     files: Files
     fingerprint: dict[str, Any]
@@ -128,66 +186,86 @@ class Session:
         return Stage(name, steps, self.config.seed, checkpoints, self.config.checkpoint,
                      self.metrics, self.console, self.watch, self.notice, self.push, log_every)
 
-    @functools.cached_property
-    def evaluation(self) -> tuple[Collector, Any]:
-        """(collector, reshard) for held-out prompts; made once, so that each compiles once."""
-        cfg = self.config.evaluate
-        sampler = dataclasses.replace(
-            self.config.rollout, temperature=cfg.temperature, top_k=0, top_p=1.0
-        )
-        reshard = make_reshard(self.model, self.rollout_layout, self.dtype)
-        return self.collector(sampler, cfg.samples), reshard
 
-    def collector(self, sampler: SamplerConfig, samples: int,
-                  micro_batch_prompts: int = 0) -> Collector:
-        return Collector(
-            sample=make_sampler(self.model, sampler, samples, self.stop_ids, self.rollout_layout),
-            tokenizer=self.tokenizer,
-            judge=self.judge,
-            reward=self.config.reward,
-            layout=self.rollout_layout,
-            filters=sampler.filters,
-            micro_batch_prompts=micro_batch_prompts,
-        )
+def open_bench(config: Config, watch: Watch, tokenizer_dir: str) -> Bench:
+    """Everything before the first answer; held-out prompts if the stages say "evaluate".
 
-
-def open_session(config: Config, watch: Watch, notice: Notice) -> Session:
-    """Everything before the first step. Raises ValueError and the like with a text for the user."""
-    check(config, jax.device_count(), slice_count(jax.devices()))
-    files = _files(config)
-    if jax.default_backend() != "cpu":  # a CPU's programs are quick to compile, and not portable
-        jax.config.update("jax_compilation_cache_dir", f"{config.workdir}/compiled")
+    Raises ValueError and the like with a text for the user.
+    """
     mesh = make_mesh(config.mesh)
-    prompts = load_prompts(config.data, "train")
     held_out = load_prompts(config.data, "test") if "evaluate" in config.stages else []
-    for source in sorted({prompt.data_source for prompt in (*prompts, *held_out)}):
-        task_of(source)
-    tokenizer, tokenizer_dir = _tokenizer(config, prompts, files)
+    _check_sources(held_out)
+    tokenizer = load_tokenizer(tokenizer_dir)
     model = load.model_config(config.model, len(tokenizer))
     check_model_fits(model, mesh)
     limit = config.data.max_prompt_tokens
-    session = Session(
+    return Bench(
         config=config,
         model=model,
         tokenizer=tokenizer,
         tokenizer_dir=tokenizer_dir,
         stop_ids=find_stop_ids(tokenizer, load.generation_config(config.model)),
-        train=PromptSet(prompts, tokenizer, limit),
         test=PromptSet(held_out, tokenizer, limit) if held_out else None,
         judge=make_judge(config.judge, RULES),
         train_layout=Layout(mesh, TRAIN, config.model.attention),
         rollout_layout=Layout(mesh, ROLLOUT, config.model.attention),
         dtype=jnp.dtype(config.model.compute_dtype),
-        metrics=MetricsWriter(files.directory, enabled=is_first()),
         console=Console(enabled=is_first()),
         watch=watch,
+    )
+
+
+def open_session(config: Config, watch: Watch, notice: Notice) -> Session:
+    """Everything before the first step. Raises ValueError and the like with a text for the user."""
+    check_config(config)
+    files = _files(config)
+    keep_programs(f"{config.workdir}/compiled")
+    trains = any(stage in config.stages for stage in export.TRAINING_STAGES)
+    prompts = _training_prompts(config) if trains else []
+    bench = open_bench(config, watch, _tokenizer(config, prompts, files))
+    train = PromptSet(prompts, bench.tokenizer, config.data.max_prompt_tokens) if trains else None
+    identity = _identity(config, bench.model, bench.tokenizer, prompts)
+    session = Session(
+        **vars(bench),
+        train=train,
+        metrics=MetricsWriter(files.directory, enabled=is_first()),
         notice=notice,
         files=files,
-        fingerprint=fingerprint(config, identity=_identity(config, model, tokenizer, prompts)),
+        fingerprint=fingerprint(config, identity=identity),
     )
     _claim(session)
     _greet(session)
     return session
+
+
+def check_config(config: Config) -> None:
+    """Raises ConfigError where the settings do not fit each other or the devices."""
+    check(config, jax.device_count(), slice_count(jax.devices()))
+
+
+def keep_programs(directory: str) -> None:
+    """Compiled programs go to `directory`, and come from there the next time."""
+    # A CPU's programs are quick to compile, and not portable. Whoever has set a cache keeps it.
+    if jax.default_backend() != "cpu" and not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", directory)
+
+
+def _training_prompts(config: Config) -> list[Prompt]:
+    data = config.data
+    if data.source != "builtin" and not data.train:
+        raise ConfigError(
+            f"data.train is empty, so nothing can be trained: the prompts of data.test={data.test} "
+            f"are for evaluation only; allowed: stages={config.stages} without sft and grpo, or "
+            "training files in data.train"
+        )
+    prompts = load_prompts(data, "train")
+    _check_sources(prompts)
+    return prompts
+
+
+def _check_sources(prompts: list[Prompt]) -> None:
+    for source in sorted({prompt.data_source for prompt in prompts}):
+        task_of(source)
 
 
 def _files(config: Config) -> Files:
@@ -231,25 +309,24 @@ def _claim(session: Session) -> None:
 def _greet(session: Session) -> None:
     """What a run is about to do, in a few lines."""
     devices, shards = jax.devices(), session.train_layout.axis_size("prompts")
-    held_out = f", {len(session.test)} held out" if session.test else ""
+    prompts = [f"{len(session.train):,} training prompts"] if session.train else []
+    prompts += [f"{len(session.test):,} held-out prompts"] if session.test else []
     several = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
     session.console.say(
         f"{len(devices)} {devices[0].device_kind} device(s){several}, mesh "
         f"{dict(session.train_layout.mesh.shape)}\n"
         f"{session.model.family} with {num_params(session.model) / 1e6:.2f}M parameters, "
         f"vocabulary {session.model.vocab_size:,}\n"
-        f"{len(session.train):,} training prompts{held_out}; "
-        f"{session.train.dropped} too long\n{batch_table(session.config, shards)}\n"
+        f"{', '.join(prompts) or 'no prompts'}\n{batch_table(session.config, shards)}\n"
     )
 
 
-def _tokenizer(config: Config, prompts: list[Prompt],
-               files: Files) -> tuple[PreTrainedTokenizerBase, str]:
-    """The model's own tokenizer; for a model that starts from nothing, one trained here, once."""
+def _tokenizer(config: Config, prompts: list[Prompt], files: Files) -> str:
+    """Where the model's own tokenizer lies; for a model from nothing, one trained here, once."""
     directory = export.find_tokenizer(config, config.workdir)
     is_own = config.model.tokenizer or config.model.path
     if is_first() and not is_own and not (Path(directory) / "tokenizer.json").exists():
-        some = prompts[:TOKENIZER_CORPUS]
+        some = (prompts or _training_prompts(config))[:TOKENIZER_CORPUS]
         has_chains = config.data.source == "builtin" or config.sft.examples != "builtin"
         pairs = examples(config, some) if has_chains else [(p, p.ground_truth) for p in some]
         train_tokenizer(
@@ -261,14 +338,14 @@ def _tokenizer(config: Config, prompts: list[Prompt],
     exchange.broadcast(None, "tokenizer")  # it is there now
     if not is_first():
         files.pull("tokenizer")
-    return load_tokenizer(directory), directory
+    return directory
 
 
 def examples(config: Config, prompts: list[Prompt]) -> list[coldstart.Example]:
     """Cold-start pairs for `prompts`, or those of the file that the config names."""
     if config.sft.examples == "builtin":
-        return coldstart.cold_start_examples(prompts, config.seed)
-    return coldstart.load_examples(config.sft.examples)
+        return coldstart.cold_start_examples(prompts, config.seed, config.data.reasoning)
+    return coldstart.load_examples(config.sft.examples, config.data.reasoning)
 
 
 def _identity(config: Config, model: ModelConfig, tokenizer: PreTrainedTokenizerBase,

@@ -11,6 +11,7 @@ from gtalign_jax import run, session
 from gtalign_jax.config import Config
 from gtalign_jax.data import builtin
 from gtalign_jax.data.tokenizer import train_tokenizer
+from gtalign_jax.evaluation.evaluate import save_rows
 from gtalign_jax.export import restore_policy
 from gtalign_jax.model.hf import load_config, load_params
 from gtalign_jax.model.load import model_config
@@ -20,7 +21,7 @@ def test_a_policy_evaluated_anew_replaces_its_rows_and_no_others(tmp_path):
     """A kill after the completions were written and before results.json repeats an evaluation."""
     path = tmp_path / "evaluations.jsonl"
     for label, text in (("after cold start", "a"), ("step 3", "b"), ("after cold start", "c")):
-        run._save_evaluation(path, label, [{"completion": text}, {"completion": text}])
+        save_rows(path, label, [{"completion": text}, {"completion": text}])
     found = [json.loads(line) for line in path.read_text().splitlines()]
     assert [(row["label"], row["completion"]) for row in found] == [
         ("step 3", "b"), ("step 3", "b"), ("after cold start", "c"), ("after cold start", "c"),

@@ -6,6 +6,11 @@ numbers before and after training are about the same prompts.
 """
 
 import dataclasses
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,6 +19,9 @@ import numpy as np
 from gtalign_jax.data.batches import PromptSet
 from gtalign_jax.pod import exchange
 from gtalign_jax.training.collect import Collector, log_rows, summarise
+from gtalign_jax.training.metrics import read_rows
+
+EVALUATIONS_FILE = "evaluations.jsonl"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,12 +44,14 @@ class EvaluateConfig:
 
 
 def evaluate(params: Any, collect: Collector, prompts: PromptSet, cfg: EvaluateConfig,
-             key: jax.Array) -> tuple[dict[str, float], list[dict[str, Any]]]:
+             key: jax.Array, told: Callable[[int, int], None] = lambda done, count: None,
+             ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """(means over the held-out prompts, one row per completion); the rows in process 0 alone.
 
     Args:
       params: laid out for rollout, in the dtype to compute in.
       key: keys the sampling (unused at temperature 0).
+      told: called after each batch with how many prompts are answered, and how many there are.
     """
     count = min(cfg.prompts or len(prompts), len(prompts))
     # Evenly spread: held-out files follow each other, and each of them must be heard.
@@ -55,9 +65,39 @@ def evaluate(params: Any, collect: Collector, prompts: PromptSet, cfg: EvaluateC
         is_real = at_Q < real
         places.append(start + at_Q[is_real])
         parts.append(jax.tree.map(lambda x, i=is_real: x[i] if x.ndim else x[None], own))
+        told(start + real, count)
     rollout = jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
     rollout = rollout.replace(slots=rollout.slots.sum())
     experience = collect.assess(prompts.take(wanted), np.concatenate(places), rollout)
     whole = experience.at_first()
     means = None if whole is None else summarise(whole)
     return exchange.broadcast(means, "evaluation"), [] if whole is None else log_rows(whole)
+
+
+class Progress:
+    """Says now and then how far an evaluation is and how long it will take; for `told`."""
+
+    def __init__(self, say: Callable[[str], None], label: str, every_s: float = 20.0) -> None:
+        self._say, self._label, self._every_s = say, label, every_s
+        self._said = time.perf_counter()
+        self._first: tuple[float, int] | None = None
+
+    def __call__(self, done: int, count: int) -> None:
+        now = time.perf_counter()
+        if self._first is None:  # it compiled: no measure of those that follow
+            self._first = now, done
+        elif now - self._said >= self._every_s:
+            self._said, (began, before) = now, self._first
+            minutes, seconds = divmod(round((now - began) / (done - before) * (count - done)), 60)
+            left = f"{minutes}:{seconds:02} left" if done < count else "now they are scored"
+            self._say(f"{self._label}: {done:,} of {count:,} held-out prompts, {left}")
+
+
+def save_rows(path: Path, label: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Adds rows to evaluations.jsonl, in place of what `label` has there, all at once."""
+    kept = [row for row in read_rows(path) if row["label"] != label] if path.exists() else []
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n"
+                        for row in (*kept, *({"label": label, **row} for row in rows)))
+    os.replace(partial, path)
