@@ -2,8 +2,8 @@
 
     config file -> ConfigDict -> command-line overrides -> freeze -> check -> Config
 
-A run saves what it resolved to (`config.json`) and what it ran with (`run_info.json`: versions, git
-revision, command line), secrets redacted. Below `main` nobody sees a ConfigDict.
+A run saves what it resolved to (`config.json`) and what it ran with (`run_info.json`: versions,
+devices, git revision, command line), secrets redacted. Below `main` nobody sees a ConfigDict.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import jax
 from absl import flags
 from ml_collections import config_flags
 
@@ -296,7 +297,7 @@ def load_run_config(workdir: str | Path) -> Config:
 
 
 def save_run_info(workdir: str | Path, config: Config) -> None:
-    """Writes config.json and run_info.json (versions, git revision, command line)."""
+    """Writes config.json and run_info.json (versions, devices, git revision, command line)."""
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     info = {
@@ -304,6 +305,11 @@ def save_run_info(workdir: str | Path, config: Config) -> None:
         "git": git_revision(),
         "python": platform.python_version(),
         "platform": platform.platform(),
+        "devices": {
+            "count": jax.device_count(),
+            "kind": jax.devices()[0].device_kind,
+            "processes": jax.process_count(),
+        },
         "packages": versions(),
     }
     (workdir / CONFIG_FILE).write_text(resolved_json(config), encoding="utf-8")

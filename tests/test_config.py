@@ -160,6 +160,7 @@ def test_a_work_directory_holds_the_resolved_config_versions_and_revision(tmp_pa
     assert "planted" not in written
     info = json.loads((tmp_path / "run_info.json").read_text())
     assert info["packages"]["jax"] and info["python"].startswith("3.")
+    assert info["devices"] == {"count": 8, "kind": "cpu", "processes": 1}
     assert info["git"] is None or len(info["git"].removesuffix("+dirty")) == 40
     loaded = config_lib.load_run_config(tmp_path)
     assert to_dict(loaded)["grpo"] == to_dict(config)["grpo"]
