@@ -1,0 +1,244 @@
+"""The command: `python -m gtalign_jax.ablate --config=configs/ablation_cpu.py [--config.key=value]`
+
+Trains the same cold start under several rewards and seeds, one run after the other in one process
+(on a pod: in every process), and compares them.
+
+The same command goes on where it was stopped: a run that is finished is skipped, one that was
+killed continues from its last checkpoint. A run that diverges is noted and the others go on; the
+status is then 1. SIGTERM ends with status 75, a mistake of the user's with 2.
+"""
+
+import contextlib
+import functools
+import gc
+import hashlib
+import json
+import logging
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypedDict
+
+import jax
+from absl import app
+from jax.experimental.compilation_cache import compilation_cache
+
+from gtalign_jax.config import (
+    Config,
+    check,
+    define_flag,
+    from_flag,
+    parse_flags,
+    resolved_json,
+)
+from gtalign_jax.freeze import ConfigError, to_dict
+from gtalign_jax.model.sharding import slice_count
+from gtalign_jax.pod import exchange
+from gtalign_jax.pod.ending import EXIT_FAILED, EXIT_MISTAKE, MISTAKES
+from gtalign_jax.pod.exchange import PodError, is_first
+from gtalign_jax.pod.notice import EXIT_PREEMPTED, Preempted
+from gtalign_jax.pod.start import start
+from gtalign_jax.run import run as run_one
+from gtalign_jax.training.checkpoint import CheckpointError, flatten
+from gtalign_jax.variants import COLD_START, Ablation, Run, plan
+
+NOTE_FILE = "ablation.json"  # in a run's directory, when it is over
+ELSEWHERE = ("workdir", "pod.")  # where a run is computed and kept, which may change
+KEPT_FROM_S = 0.2  # programs that compiled faster are not kept
+
+
+class Note(TypedDict):
+    """How a run ended: with which settings, after how many seconds, and why if it failed."""
+
+    config: dict[str, Any]
+    seconds: float
+    failed: str | None
+
+
+def ablate(ablation: Ablation) -> dict[str, str]:
+    """All runs that are not finished yet. Returns the reasons of those that failed, by directory.
+
+    Raises what `run.run` does, except for a divergence, which is noted.
+    """
+    runs = plan(ablation)
+    _check(runs)
+    failed: dict[str, str] = {}
+    seconds: dict[str, list[float]] = {}
+    for number, item in enumerate(runs, 1):
+        found = _note(item.config) if is_first() else None
+        note = exchange.broadcast(found, "an ablation's note")
+        title = f"run {number} of {len(runs)}: seed {item.seed}, {item.name}"
+        if note is None and item.cold_start in failed:
+            note = Note(config={}, seconds=0.0, failed="its cold start failed")
+        if note is None:
+            _say(f"\n── {title}{_left(runs[number - 1 :], seconds)} ──")
+            note = _train(item)
+        else:
+            _say(f"{title}: {note['failed'] or 'finished'} before")
+        if note["failed"]:
+            failed[item.config.workdir] = note["failed"]
+        else:
+            seconds.setdefault(_kind(item), []).append(note["seconds"])
+    return failed
+
+
+def _check(runs: Sequence[Run]) -> None:
+    """Raises ConfigError for what is wrong with the runs' settings, before the first of them."""
+    problems: list[str] = []
+    for item in runs:
+        try:
+            check(item.config, jax.device_count(), slice_count(jax.devices()))
+        except ConfigError as error:
+            problems += [line for line in str(error).splitlines() if line not in problems]
+    if problems:
+        raise ConfigError("\n".join(f"run.{line}" for line in problems))
+
+
+def _train(item: Run) -> Note:
+    """One run, from where it was left. What it is based on is there before it begins."""
+    config, began = item.config, time.monotonic()
+    if item.cold_start and is_first():
+        _share(Path(item.cold_start), Path(config.workdir))
+    exchange.broadcast(None, "the cold start is there")
+    reason = None
+    try:
+        run_one(config)
+    except FloatingPointError as error:
+        reason = str(error)
+        _say(f"failed: {reason}")
+    note = Note(config=_settings(config), seconds=time.monotonic() - began, failed=reason)
+    if is_first():
+        partial = Path(config.workdir) / f"{NOTE_FILE}.partial"
+        partial.write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
+        partial.replace(Path(config.workdir) / NOTE_FILE)
+    gc.collect()  # the next run makes its own functions: what these have compiled is of no use
+    jax.clear_caches()
+    return note
+
+
+def _share(source: Path, target: Path) -> None:
+    """Gives a run the weights and the tokenizer of the cold start in `source`.
+
+    They appear under their names when they are complete. What is there already stays.
+    """
+    for name in ("tokenizer", "checkpoints/sft"):
+        there, here = source / name, target / name
+        if here.exists() or not there.exists():  # a model from elsewhere has its own tokenizer
+            continue
+        here.parent.mkdir(parents=True, exist_ok=True)
+        partial = here.with_name(f".{here.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(there, partial, copy_function=_link)
+        partial.replace(here)
+
+
+def _link(source: str, target: str) -> None:
+    """The same file twice where the file system can do that: nobody writes into these files."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    """What a finished run is recognised by; as JSON would hold it."""
+    flat = flatten(to_dict(config))
+    return {key: value for key, value in flat.items() if not key.startswith(ELSEWHERE)}
+
+
+def _note(config: Config) -> Note | None:
+    """How this run ended before, if it did and with these settings."""
+    try:
+        note = json.loads((Path(config.workdir) / NOTE_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    default = _settings(Config())  # of a key that did not exist then
+    known = default | note["config"]
+    return note if all(known[key] == value for key, value in _settings(config).items()) else None
+
+
+def _kind(item: Run) -> str:
+    """Runs of a kind take about the same time."""
+    if item.name == COLD_START:
+        return "cold start"
+    return "from a cold start" if item.cold_start else "both"
+
+
+def _left(runs: Sequence[Run], seconds: dict[str, list[float]]) -> str:
+    """How long these runs will take, once there has been one of each kind."""
+    if not all(_kind(item) in seconds for item in runs):
+        return ""
+    total = sum(sum(times) / len(times) for times in (seconds[_kind(item)] for item in runs))
+    return f" (about {total / 60:.0f} minutes left)"
+
+
+def _say(text: str) -> None:
+    if is_first():
+        print(text, flush=True)
+
+
+@contextlib.contextmanager
+def kept_programs(directory: str) -> Iterator[None]:
+    """Compiled programs are kept in `directory`: most runs compile what one before them did."""
+    settings = {
+        "jax_compilation_cache_dir": directory,
+        "jax_persistent_cache_min_compile_time_secs": KEPT_FROM_S,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    compilation_cache.reset_cache()
+    try:
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        yield
+    finally:
+        compilation_cache.reset_cache()
+        for name, value in before.items():
+            jax.config.update(name, value)
+
+
+def _end_when_told(number: int, frame: Any) -> None:
+    """SIGTERM outside of training, where a `Notice` listens: nothing there is worth finishing."""
+    del number, frame
+    sys.exit(EXIT_PREEMPTED)
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    for name in ("absl", "httpx", "httpx2", "jax"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    try:
+        ablation = from_flag(_CONFIG, Ablation)
+        text = f"{ablation.rewards}{ablation.seeds}{ablation.workdir}{resolved_json(ablation.run)}"
+        start(ablation.run.pod, {"config": hashlib.sha256(text.encode()).hexdigest()})
+        if not is_first():
+            logging.getLogger("gtalign_jax").setLevel(logging.ERROR)
+        signal.signal(signal.SIGTERM, _end_when_told)
+        with kept_programs(os.path.abspath(f"{ablation.workdir}/compiled")):
+            failed = ablate(ablation)
+    except MISTAKES as error:
+        sys.exit(_fail(error, EXIT_MISTAKE))
+    except Preempted as told:
+        print(f"{told}; the same command goes on from there", file=sys.stderr)
+        sys.exit(EXIT_PREEMPTED)
+    except (CheckpointError, PodError) as error:
+        sys.exit(_fail(error, EXIT_FAILED))
+    for workdir, reason in failed.items():
+        _fail(f"{workdir}: {reason}", EXIT_FAILED)
+    sys.exit(EXIT_FAILED if failed else 0)
+
+
+def _fail(error: Exception | str, status: int) -> int:
+    if logging.getLogger().isEnabledFor(logging.DEBUG):
+        logging.exception("the ablation ended")
+    print(f"error: {error}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    _CONFIG = define_flag("configs/ablation_cpu.py")
+    app.run(main, flags_parser=functools.partial(parse_flags, cls=Ablation))
