@@ -24,6 +24,8 @@ import scipy.stats
 MEASURES = ("user_welfare", "llm_welfare", "reward")
 RESAMPLES = 2000
 LEVEL = 0.95
+PERMUTATIONS = 9999  # at least RESAMPLES, and this many where they cost little: the smallest p that
+SWAPS = 20_000_000  # can come out is 2 / (permutations + 1), which Holm multiplies by the tests
 BATCH_BYTES = 64 << 20  # what the permutation test may hold at a time
 Row = Mapping[str, Any]
 
@@ -84,6 +86,13 @@ class Matching:
         """Which pairs have all of these measures on both sides."""
         at = [self.measures.index(name) for name in measures]
         return np.isfinite(self.first_MB[at] + self.second_MB[at]).all(axis=0)
+
+    def select(self, measures: Sequence[str]) -> "Matching":
+        """These measures alone, in this order."""
+        at = [self.measures.index(name) for name in measures]
+        return dataclasses.replace(
+            self, measures=tuple(measures), first_MB=self.first_MB[at], second_MB=self.second_MB[at]
+        )
 
     def of_source(self, source: str) -> "Matching":
         """The pairs of one data source; what was not matched stays with the whole."""
@@ -155,7 +164,8 @@ def match(first_rows: Iterable[Row], second_rows: Iterable[Row],
 def assess(matching: Matching, seed: int = 0, resamples: int = RESAMPLES) -> dict[str, Difference]:
     """Intervals and p-values of matched rows; the same seed gives the same numbers.
 
-    The permutation test goes through all 2**pairs swaps where these are no more than `resamples`.
+    The permutation test draws PERMUTATIONS where prompts times these are at most SWAPS, else fewer,
+    but never less than `resamples`; where all 2**prompts swaps are no more, it goes through all.
     """
     if resamples < 1:
         raise ValueError(f"resamples={resamples}: must be >= 1")
@@ -175,6 +185,27 @@ def assess(matching: Matching, seed: int = 0, resamples: int = RESAMPLES) -> dic
         out[matching.measures[m]] = _difference(
             values_I2, source_I[has_I], float(p_M[m]), float(adjusted), seed, resamples
         )
+    return out
+
+
+def assess_by_source(matching: Matching, seed: int = 0,
+                     resamples: int = RESAMPLES) -> dict[str, dict[str, Difference]]:
+    """{data source: {measure: Difference}}, Holm's adjustment over all of them together.
+
+    Measures that no pair of a source has are left out there. Empty with fewer than two sources.
+    """
+    sources = sorted(set(matching.sources))
+    if len(sources) < 2:
+        return {}
+    out: dict[str, dict[str, Difference]] = {}
+    for source in sources:
+        own = matching.of_source(source)
+        there = [name for name in own.measures if own.complete_B([name]).any()]
+        out[source] = assess(own.select(there), seed, resamples) if there else {}
+    every = [(source, name) for source, part in out.items() for name in part]
+    adjusted = holm([out[source][name].p for source, name in every])
+    for (source, name), p in zip(every, adjusted, strict=True):
+        out[source][name] = dataclasses.replace(out[source][name], p_adjusted=float(p))
     return out
 
 
@@ -234,7 +265,8 @@ def _permutation(difference_MI: np.ndarray, seed: int, resamples: int) -> np.nda
         return np.full(M, np.nan)
     found = scipy.stats.permutation_test(
         (np.nan_to_num(difference_MI),), lambda x, axis: x.sum(axis=axis),
-        permutation_type="samples", vectorized=True, axis=-1, n_resamples=resamples,
+        permutation_type="samples", vectorized=True, axis=-1,
+        n_resamples=max(resamples, min(PERMUTATIONS, SWAPS // count)),
         batch=max(1, BATCH_BYTES // (8 * M * count)), rng=np.random.default_rng(seed),
     )  # fmt: skip
     return np.where(pairs_M > 1, found.pvalue, np.nan)
