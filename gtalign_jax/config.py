@@ -34,6 +34,7 @@ from gtalign_jax.training.checkpoint import CheckpointConfig, flatten
 from gtalign_jax.training.grpo import GRPOConfig
 from gtalign_jax.training.micro import piece_count
 from gtalign_jax.training.sft import SFTConfig
+from gtalign_jax.training.trackers import TrackConfig
 
 T = TypeVar("T")
 STAGES = ("sft", "grpo", "evaluate", "export")
@@ -62,6 +63,7 @@ class Config:
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     pod: PodConfig = PodConfig()
+    track: TrackConfig = TrackConfig()
 
     def __post_init__(self) -> None:
         unknown = [stage for stage in self.stages if stage not in STAGES]
@@ -76,7 +78,7 @@ class Config:
 
 # Keys that change how fast or where a run computes, not what; a checkpoint may outlive them.
 _CIRCUMSTANCES = re.compile(
-    r"workdir|stages|(mesh|checkpoint|evaluate|pod)\..*"
+    r"workdir|stages|(mesh|checkpoint|evaluate|pod|track)\..*"
     r"|model\.attention|rollout\.micro_batch_prompts"
     r"|(sft|grpo)\.(micro_batch\w*|logit_chunk|remat|log_every)"
     r"|judge\.(base_url|api_key_env|concurrency|timeout_s|retries)"

@@ -146,7 +146,9 @@ def run(config: Config) -> dict[str, dict[str, float]]:
         with session.pushed(), contextlib.closing(session.metrics):
             past = _past_results(session) if is_first() else None
             results = exchange.broadcast(past, "past results")
-            return _finish(session, _train(session, results), results)
+            results = _finish(session, _train(session, results), results)
+            session.metrics.finish(results)
+            return results
 
 
 def _past_results(session: Session) -> dict[str, dict[str, float]]:

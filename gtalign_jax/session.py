@@ -28,7 +28,15 @@ import jax.numpy as jnp
 from transformers import PreTrainedTokenizerBase
 
 from gtalign_jax import export
-from gtalign_jax.config import Config, ConfigError, batch_table, check, fingerprint, save_run_info
+from gtalign_jax.config import (
+    Config,
+    ConfigError,
+    batch_table,
+    check,
+    fingerprint,
+    resolved_json,
+    save_run_info,
+)
 from gtalign_jax.data import coldstart
 from gtalign_jax.data.batches import PromptSet
 from gtalign_jax.data.chat import load_tokenizer
@@ -60,6 +68,7 @@ from gtalign_jax.training.checkpoint import Checkpointer
 from gtalign_jax.training.collect import Collector
 from gtalign_jax.training.metrics import Console, MetricsWriter, step_line
 from gtalign_jax.training.state import named_key
+from gtalign_jax.training.trackers import open_trackers
 from gtalign_jax.training.trainer import Stage, make_reshard
 from gtalign_jax.workdir import Files, TransferError, is_dir, is_remote
 
@@ -302,6 +311,11 @@ def _claim(session: Session) -> None:
         with session.checkpoints(stage, read_only=True) as checkpoints:
             checkpoints.check()
     if is_first():
+        settings = {k: v for k, v in session.fingerprint.items() if k != "identity"}
+        session.metrics.follow(open_trackers(
+            config.track, session.files.directory, name=Path(config.workdir).name,
+            config_json=resolved_json(config), settings=settings,
+        ))
         save_run_info(session.files.directory, config)
         session.push()
 

@@ -2,7 +2,7 @@
 
     Mean           (sum, count): exact under micro-batches and hosts, divided once
     PhaseTimer     seconds by phase of a step
-    MetricsWriter  metrics.jsonl and TensorBoard scalars, names `area/name`
+    MetricsWriter  metrics.jsonl, TensorBoard and other trackers, names `area/name`
     RolloutLog     one JSONL row per completion
     Console        one line per step and a progress bar
 
@@ -36,9 +36,9 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 from rich.text import Text
-from tensorboardX import SummaryWriter
 
 from gtalign_jax.pod.watch import Watch
+from gtalign_jax.training.trackers import TensorBoard, Tracker
 
 METRICS_FILE = "metrics.jsonl"
 ROLLOUTS_FILE = "rollouts.jsonl"
@@ -124,30 +124,35 @@ class JsonLines:
 
 
 class MetricsWriter:
-    """Scalars of a run: `metrics.jsonl`, and TensorBoard files under `tensorboard/<stage>`."""
+    """Scalars of a run: `metrics.jsonl`, TensorBoard, and what else follows it (trackers.py)."""
 
     def __init__(self, workdir: str | Path, enabled: bool = True) -> None:
         self._workdir = Path(workdir)
         self._lines = JsonLines(self._workdir / METRICS_FILE) if enabled else None
-        self._boards: dict[str, SummaryWriter] = {}
+        self._board = TensorBoard(self._workdir / "tensorboard")
+        self._trackers: tuple[Tracker, ...] = (self._board,)
+
+    def follow(self, trackers: Sequence[Tracker]) -> None:
+        """From now on these get the rows, too."""
+        self._trackers = (*self._trackers, *trackers)
 
     def write(self, stage: str, step: int, metrics: Mapping[str, Any]) -> None:
-        """One row of scalars. One that is not finite is null in JSON, absent in TensorBoard."""
+        """One row of scalars. One that is not finite is null in JSON, absent elsewhere."""
         if self._lines is None:
             return
         values = {name: float(value) for name, value in metrics.items()}
         self._lines.append([{"stage": stage, "step": step, **values}])
-        board = self._board(stage, None)
-        for name, value in values.items():
-            if math.isfinite(value):
-                board.add_scalar(name, value, step)
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        for tracker in self._trackers:
+            tracker.write(stage, step, finite)
 
     def truncate(self, stage: str, step: int) -> None:
         """Forget what was written about `stage` after `step`: call it when a run resumes there."""
         if self._lines is None:
             return
         self._lines.truncate(stage, step)
-        self._board(stage, step + 1)
+        for tracker in self._trackers:
+            tracker.truncate(stage, step)
 
     def steps(self, stage: str) -> list[int]:
         """The steps that `stage` has rows of; none in a process that does not write."""
@@ -157,20 +162,20 @@ class MetricsWriter:
 
     def flush(self) -> None:
         """What was written is in the files; of TensorBoard's, but for the last moment's."""
-        for board in self._boards.values():
-            board.flush()
+        self._board.flush()
+
+    def finish(self, results: Mapping[str, Mapping[str, float]]) -> None:
+        """The run has reached its end, with these held-out means by label."""
+        if self._lines is None:
+            return
+        for tracker in self._trackers:
+            tracker.finish(results, self._workdir)
 
     def close(self) -> None:
         if self._lines is not None:
             self._lines.close()
-        for board in self._boards.values():
-            board.close()
-
-    def _board(self, stage: str, purge_step: int | None) -> SummaryWriter:
-        if stage not in self._boards:
-            directory = str(self._workdir / "tensorboard" / stage)
-            self._boards[stage] = SummaryWriter(directory, purge_step=purge_step, flush_secs=20)
-        return self._boards[stage]
+        for tracker in self._trackers:
+            tracker.close()
 
 
 class RolloutLog:
