@@ -27,7 +27,7 @@ from gtalign_jax.model.sharding import Layout, param_shardings, placed
 from gtalign_jax.model.spec import ModelConfig, Params, abstract_params, num_params
 from gtalign_jax.pod import exchange
 from gtalign_jax.pod.exchange import is_first
-from gtalign_jax.training.checkpoint import Checkpointer, CheckpointError
+from gtalign_jax.training.checkpoint import CheckpointConfig, Checkpointer, CheckpointError
 from gtalign_jax.workdir import Files, is_dir, local, to_write
 
 TRAINING_STAGES = ("grpo", "sft")  # the last one that has a checkpoint is exported
@@ -57,27 +57,42 @@ def restore_policy(
     Raises FileNotFoundError where there is no such checkpoint, CheckpointError where it holds
     another model.
     """
-    stages = [stage] if stage else list(TRAINING_STAGES)
+    stage, step = find_checkpoint(workdir, stage, step)
+    tokenizer = load_tokenizer(find_tokenizer(config, workdir))
+    model = load.model_config(config.model, len(tokenizer))
+    params = abstract_params(model)
+    if layout is not None:
+        params = placed(params, param_shardings(model, layout))
+    with _reader(workdir, stage) as checkpoints:
+        saved, _ = checkpoints.restore({"state": {"params": params}}, step, partial=True)
+    return saved["state"]["params"], model, f"{stage} step {step}"
+
+
+def find_checkpoint(
+    workdir: str | Path, stage: str | None = None, step: int | None = None
+) -> tuple[str, int]:
+    """(stage, step) of a checkpoint; by default the run's last one. Nothing is read from it.
+
+    Raises FileNotFoundError where there is no such checkpoint, with the steps that there are.
+    """
+    stages = (stage,) if stage else TRAINING_STAGES
     for name in stages:
         directory = checkpoint_dir(workdir, name)
         if not exchange.broadcast(is_dir(directory), "checkpoint directory"):
             continue
-        with contextlib.closing(
-            Checkpointer(directory, config.checkpoint, None, read_only=True)
-        ) as checkpoints:
-            newest = checkpoints.latest()
-            if newest is None:  # killed before its first save: the stage before counts
-                continue
-            step = newest if step is None else step
-            tokenizer = load_tokenizer(find_tokenizer(config, workdir))
-            model = load.model_config(config.model, len(tokenizer))
-            params = abstract_params(model)
-            if layout is not None:
-                params = placed(params, param_shardings(model, layout))
-            wanted = {"state": {"params": params}}
-            saved, _ = checkpoints.restore(wanted, step, partial=True)
-            return saved["state"]["params"], model, f"{name} step {step}"
+        with _reader(workdir, name) as checkpoints:
+            steps = checkpoints.steps()
+        if not steps:  # killed before its first save: the stage before counts
+            continue
+        if step is not None and step not in steps:
+            raise FileNotFoundError(f"no checkpoint of step {step} in {directory}: {steps}")
+        return name, steps[-1] if step is None else step
     raise FileNotFoundError(f"{workdir} holds no checkpoint of {' or '.join(stages)}")
+
+
+def _reader(workdir: str | Path, stage: str) -> contextlib.closing[Checkpointer]:
+    directory = checkpoint_dir(workdir, stage)
+    return contextlib.closing(Checkpointer(directory, CheckpointConfig(), None, read_only=True))
 
 
 def write(

@@ -8,10 +8,11 @@ epochs, so no tail is dropped. Every batch of a PromptSet has one padded width, 
 recompiles. Knows nothing of models or devices.
 """
 
+import copy
 import dataclasses
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -89,6 +90,14 @@ class PromptSet:
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    def among(self, ids: Collection[str]) -> "PromptSet":
+        """The prompts with one of these ids, in the same order and as wide as all of them."""
+        kept = [at for at, prompt in enumerate(self.prompts) if prompt.id in ids]
+        part = copy.copy(self)
+        part.prompts = tuple(self.prompts[at] for at in kept)
+        part.token_lists = tuple(self.token_lists[at] for at in kept)
+        return part
 
     def batch(
         self,

@@ -1,0 +1,51 @@
+"""How a command with `--config=FILE` begins and ends, the same for all of them.
+
+    flags -> Config -> the processes of a pod become one -> the command's own work
+
+A mistake of the user's ends in one line that names it and exit status 2; a run that diverges,
+cannot save or loses a process ends in one line and status 1. (On a pod the watch ends it:
+pod/watch.py.) SIGTERM saves the step at hand and ends a run with status 75.
+"""
+
+import hashlib
+import logging
+import sys
+from collections.abc import Callable
+
+from absl import flags
+
+from gtalign_jax.config import Config, from_flag, resolved_json
+from gtalign_jax.pod.ending import EXIT_MISTAKE, MISTAKES
+from gtalign_jax.pod.exchange import PodError, is_first
+from gtalign_jax.pod.notice import EXIT_PREEMPTED, Preempted
+from gtalign_jax.pod.start import start
+from gtalign_jax.training.checkpoint import CheckpointError
+
+CHATTY = ("absl", "httpx", "httpx2", "jax")  # the judge's client reports each request
+
+
+def carry_out(flag: flags.FlagHolder, work: Callable[[Config], object], *words: str) -> None:
+    """`work(config)` in every process; `words` are what else the command line must agree on."""
+    for name in CHATTY:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    try:
+        config = from_flag(flag)
+        said = "\0".join((resolved_json(config), *words))
+        start(config.pod, {"config": hashlib.sha256(said.encode()).hexdigest()})
+        if not is_first():  # what all of them would say, process 0 says
+            logging.getLogger("gtalign_jax").setLevel(logging.ERROR)
+        work(config)
+    except MISTAKES as error:  # ConfigError is a ValueError
+        sys.exit(_fail(error, EXIT_MISTAKE))
+    except Preempted as told:
+        print(f"{told}; the same command goes on from there", file=sys.stderr)
+        sys.exit(EXIT_PREEMPTED)
+    except (CheckpointError, FloatingPointError, PodError) as error:
+        sys.exit(_fail(error, 1))
+
+
+def _fail(error: Exception, status: int) -> int:
+    if logging.getLogger().isEnabledFor(logging.DEBUG):
+        logging.exception("the run ended")
+    print(f"error: {error}", file=sys.stderr)
+    return status
