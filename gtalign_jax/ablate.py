@@ -209,8 +209,9 @@ def _end_when_told(number: int, frame: Any) -> None:
 
 def main(argv: list[str]) -> None:
     del argv
-    for name in ("absl", "httpx", "httpx2", "jax"):
+    for name in ("httpx", "httpx2", "jax"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax warns of each look at a checkpoint
     try:
         ablation = from_flag(_CONFIG, Ablation)
         text = f"{ablation.rewards}{ablation.seeds}{ablation.workdir}{resolved_json(ablation.run)}"
