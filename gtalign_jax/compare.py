@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         console = Console(highlight=False)
         show(console, found, first, second)
         if args.json is not None:
-            _save(args.json, found)
+            save(args.json, found)
             console.print(f"figures in {args.json}", markup=False, soft_wrap=True)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -158,7 +158,8 @@ def show(console: Console, found: dict[str, Any], first: Scored, second: Scored)
         console.print(line, markup=False, soft_wrap=True)
     tables = [_differences(f"second - first, {found['level']:.0%} intervals",
                            found["differences"])]
-    tables += [_differences(f"data source {source or '(none)'}", part) for source, part in found["by_source"].items()]
+    for source, part in found["by_source"].items():
+        tables.append(_differences(f"data source {source or '(none)'}", part))
     tables.append(_pareto(found))
     for table in tables:
         wide = console.options.update(max_width=1000)  # nothing of it is ever cut off
@@ -252,7 +253,7 @@ def _pareto(found: dict[str, Any]) -> Table:
     return out
 
 
-def _save(path: Path, found: dict[str, Any]) -> None:
+def save(path: Path, found: dict[str, Any]) -> None:
     """Beside first: a file that was there stays whole until the new one is."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
