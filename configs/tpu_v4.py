@@ -13,6 +13,12 @@ The published data hold no medium/train.parquet. `:medium` wants one of your own
 `:all` trains on the other three sources and evaluates on all four. Another model of these families
 is --config.model.path=NAME-OR-DIRECTORY beside the word of the size that comes nearest.
 
+minerva, abg-coqa and advbench, or `ood` for the three, are out of domain: held-out prompts without
+training ones (GTALIGN_DATA/{minerva_math,abg_coqa,advbench}/test.parquet), to evaluate what was
+trained on the others:
+    python -m gtalign_jax.evaluate --config=configs/tpu_v4.py:ood --checkpoint=runs/tpu_v4-all \\
+        --baseline=given
+
 math-hard is scored by mathematical equivalence and asks no judge. The others ask any server that
 speaks the OpenAI chat protocol (vLLM, SGLang, a vendor's): its address and the model's name come
 from the two variables above, its key from OPENAI_API_KEY.

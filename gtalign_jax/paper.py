@@ -24,6 +24,16 @@ from gtalign_jax.freeze import to_config_dict
 
 TRAINABLE = ("math-hard", "ambig_qa", "wildguard")  # sources whose training prompts are published
 SOURCES = (*TRAINABLE, "medium")
+OUT_OF_DOMAIN = {  # source without training prompts -> its folder
+    "minerva": "minerva_math", "abg-coqa": "abg_coqa", "advbench": "advbench",
+}  # fmt: skip
+WITHOUT_JUDGE = ("math-hard", "minerva")  # answers are compared by mathematics alone
+GROUPS = {  # word -> (sources with training prompts, sources with held-out ones)
+    **{source: ((source,), (source,)) for source in SOURCES},
+    "all": (TRAINABLE, SOURCES),
+    **{source: ((), (source,)) for source in OUT_OF_DOMAIN},
+    "ood": ((), tuple(OUT_OF_DOMAIN)),
+}
 PROMPTS, SAMPLES = 64, 8  # a step's prompts, and completions of each
 
 MODELS = {
@@ -96,7 +106,7 @@ def choose(machine: str, words: str) -> tuple[str, str]:
 
     Raises ValueError for another word, naming the allowed ones.
     """
-    allowed = {"size": tuple(FITS[machine]), "source": (*SOURCES, "all")}
+    allowed = {"size": tuple(FITS[machine]), "source": tuple(GROUPS)}
     chosen: dict[str, str] = {}
     for word in filter(None, words.split(",")):
         kind = next((kind for kind, names in allowed.items() if word in names), None)
@@ -116,7 +126,8 @@ def experiment(machine: str, words: str = "") -> config_dict.ConfigDict:
     size, source = choose(machine, words)
     c = to_config_dict(Config())
     c.workdir = f"runs/tpu_{machine}-{source if size == DEFAULT['size'] else f'{size}-{source}'}"
-    c.stages = ("grpo", "evaluate", "export")
+    trains = bool(GROUPS[source][0])
+    c.stages = ("grpo", "evaluate", "export") if trains else ("evaluate",)
     c.model.path = MODELS[size]  # or a local or gs:// directory
     c.model.compute_dtype = "bfloat16"
 
@@ -142,13 +153,15 @@ def experiment(machine: str, words: str = "") -> config_dict.ConfigDict:
 def _set_prompts(c: config_dict.ConfigDict, source: str) -> None:
     """Where prompts and judge are: GTALIGN_DATA, GTALIGN_JUDGE_URL, GTALIGN_JUDGE_MODEL."""
     folder = os.environ.get("GTALIGN_DATA", "data").rstrip("/")
-    train, test = (TRAINABLE, SOURCES) if source == "all" else ((source,), (source,))
+    train, test = GROUPS[source]
     c.data.source = "parquet"
     c.data.train = tuple(f"{folder}/{name}/train.parquet" for name in train)
-    c.data.test = tuple(f"{folder}/{name}/test.parquet" for name in test)
+    c.data.test = tuple(
+        f"{folder}/{OUT_OF_DOMAIN.get(name, name)}/test.parquet" for name in test
+    )
     c.data.max_prompt_tokens = 2048
 
-    c.judge.kind = "none" if source == "math-hard" else "http"
+    c.judge.kind = "none" if source in WITHOUT_JUDGE else "http"
     c.judge.base_url = os.environ.get("GTALIGN_JUDGE_URL", "http://localhost:8000/v1")
     c.judge.model = os.environ.get("GTALIGN_JUDGE_MODEL", "Qwen/Qwen2.5-32B-Instruct")
     c.judge.concurrency = 128

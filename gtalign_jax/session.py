@@ -230,7 +230,7 @@ def open_session(config: Config, watch: Watch, notice: Notice) -> Session:
     files = _files(config)
     keep_programs(f"{config.workdir}/compiled")
     trains = any(stage in config.stages for stage in export.TRAINING_STAGES)
-    prompts = _training_prompts(config) if trains else []
+    prompts = training_prompts(config) if trains else []
     bench = open_bench(config, watch, _tokenizer(config, prompts, files))
     train = PromptSet(prompts, bench.tokenizer, config.data.max_prompt_tokens) if trains else None
     identity = _identity(config, bench.model, bench.tokenizer, prompts)
@@ -259,7 +259,8 @@ def keep_programs(directory: str) -> None:
         jax.config.update("jax_compilation_cache_dir", directory)
 
 
-def _training_prompts(config: Config) -> list[Prompt]:
+def training_prompts(config: Config) -> list[Prompt]:
+    """The prompts that `data.train` names. Raises ConfigError where it names none."""
     data = config.data
     if data.source != "builtin" and not data.train:
         raise ConfigError(
@@ -340,7 +341,7 @@ def _tokenizer(config: Config, prompts: list[Prompt], files: Files) -> str:
     directory = export.find_tokenizer(config, config.workdir)
     is_own = config.model.tokenizer or config.model.path
     if is_first() and not is_own and not (Path(directory) / "tokenizer.json").exists():
-        some = (prompts or _training_prompts(config))[:TOKENIZER_CORPUS]
+        some = (prompts or training_prompts(config))[:TOKENIZER_CORPUS]
         has_chains = config.data.source == "builtin" or config.sft.examples != "builtin"
         pairs = examples(config, some) if has_chains else [(p, p.ground_truth) for p in some]
         train_tokenizer(

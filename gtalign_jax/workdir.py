@@ -33,7 +33,8 @@ import fsspec
 from gtalign_jax.model import load
 from gtalign_jax.training.checkpoint import CheckpointError
 
-ELSEWHERE = ("checkpoints", "compiled", "evaluation", "hf")  # sent to the bucket by those who make them
+# Sent to the bucket by those who make them.
+ELSEWHERE = ("checkpoints", "compiled", "evaluation", "hf")
 PAUSES_S = (2.0, 10.0, 30.0)  # before storage that has failed is tried again
 
 log = logging.getLogger(__name__)

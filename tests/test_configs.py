@@ -4,6 +4,7 @@ import dataclasses
 import re
 import sys
 import types
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,9 @@ from gtalign_jax.freeze import ConfigError, freeze
 from gtalign_jax.model.load import model_sizes, resolve
 from gtalign_jax.model.sharding import check_model_fits, mesh_shape
 from gtalign_jax.model.spec import num_params
-from gtalign_jax.paper import FITS, MODELS
+from gtalign_jax.paper import FITS, MODELS, OUT_OF_DOMAIN
+from gtalign_jax.reward.rules import request_kind
+from gtalign_jax.session import training_prompts
 
 ROOT = Path(__file__).resolve().parent.parent
 VARIABLES = ("GTALIGN_DATA", "GTALIGN_JUDGE_URL", "GTALIGN_JUDGE_MODEL")
@@ -193,6 +196,19 @@ def test_all_trains_where_there_are_training_prompts_and_evaluates_on_the_four()
     assert set(c.data.test) == {f"data/{s}/test.parquet" for s in SOURCES}
 
 
+@pytest.mark.parametrize("word, folders, judge", [
+    ("minerva", ["minerva_math"], "none"), ("abg-coqa", ["abg_coqa"], "http"),
+    ("advbench", ["advbench"], "http"), ("ood", ["minerva_math", "abg_coqa", "advbench"], "http"),
+])
+def test_what_is_out_of_domain_is_evaluated_and_never_trained_on(word, folders, judge):
+    c = config_of("tpu_v5e", f"7b,{word}")
+    assert c.stages == ("evaluate",) and c.data.train == ()
+    assert c.data.test == tuple(f"data/{folder}/test.parquet" for folder in folders)
+    assert c.judge.kind == judge and c.workdir == f"runs/tpu_v5e-7b-{word}"
+    with pytest.raises(ConfigError, match="data.train is empty.*for evaluation only"):
+        training_prompts(dataclasses.replace(c, stages=("grpo",)))
+
+
 def test_only_mathematics_does_without_a_judge(monkeypatch):
     assert config_of("tpu_v4", "math-hard").judge.kind == "none"
     monkeypatch.setenv("GTALIGN_JUDGE_URL", "http://judge:1/v1")
@@ -229,6 +245,10 @@ def test_every_source_of_the_folder_is_read_as_it_is_published(shared_dir, monke
     data = config_of("tpu_v4", "all").data
     for split, sources in (("train", set(SOURCES) - {"medium"}), ("test", set(SOURCES))):
         assert {prompt.data_source for prompt in load_prompts(data, split)} == sources
+    prompts = load_prompts(config_of("tpu_v4", "ood").data, "test")
+    assert {prompt.data_source for prompt in prompts} == set(OUT_OF_DOMAIN)
+    kinds = Counter(request_kind(p.data_source, p.ground_truth) for p in prompts)
+    assert kinds == {"definite": 272 + 932, "ambiguous": 123, "harmful": 520}
 
 
 def test_a_mesh_that_does_not_match_the_devices_is_refused_before_any_compilation(command_line):
