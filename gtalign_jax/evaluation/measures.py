@@ -153,7 +153,7 @@ def estimates(rows: Sequence[Row], measures: Sequence[Measure] = MEASURES, *, se
     counts_M, prompts_M = 0, 0
     for source in sorted({row["data_source"] for row in rows}):
         part = [row for row in rows if row["data_source"] == source]
-        sums_PJM, rows_M = _by_prompt(part, measures)
+        sums_PJM, rows_M = by_prompt(part, measures)
         rng = np.random.default_rng([seed, zlib.crc32(source.encode())])
         drawn = _resampled(sums_PJM, rng, resamples)
         is_in_M = (sums_PJM[:, 1] != 0).sum(axis=0)
@@ -165,7 +165,7 @@ def estimates(rows: Sequence[Row], measures: Sequence[Measure] = MEASURES, *, se
     return found
 
 
-def _by_prompt(rows: Sequence[Row], measures: Sequence[Measure]) -> tuple[np.ndarray, np.ndarray]:
+def by_prompt(rows: Sequence[Row], measures: Sequence[Measure]) -> tuple[np.ndarray, np.ndarray]:
     """(numerators and denominators summed over each prompt [P, 2, M], rows that count [M])."""
     places = {name: i for i, name in enumerate(dict.fromkeys(str(row["id"]) for row in rows))}
     sums_PJM = np.zeros((len(places), 2, len(measures)))
