@@ -1,0 +1,221 @@
+"""The tables of a report page, as cells of text.
+
+    numbers  ->  [Table]      measures, by source, behaviour, actions, Pareto, cost
+
+A cell has the number, below it its interval or count, and where there is one a verdict in words:
+no table says anything by colour alone. The HTML is made of these by the template.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from gtalign_jax.evaluation.measures import BY_NAME, MEASURES, OVERALL, Measure
+from gtalign_jax.evaluation.tables import BY_SOURCE
+from gtalign_jax.report import words
+from gtalign_jax.reward.rules import RIGHT_KINDS
+
+Numbers = Mapping[str, Any]
+BEHAVIOUR = (
+    "asks_when_ambiguous", "asks_when_definite", "harm", "plain_refusal", "constructive",
+    "over_refusal",
+)  # fmt: skip
+MARKS = {"better": "▲ better", "worse": "▼ worse", "changed": "◆ changed"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """A number as text, what stands small below it, and a verdict: a key of `MARKS` or ""."""
+
+    text: str
+    below: str = ""
+    verdict: str = ""
+
+    @property
+    def mark(self) -> str:
+        return MARKS.get(self.verdict, "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Rows are (head, cells); a head of two parts is (group, name), equal groups adjoining."""
+
+    name: str
+    caption: str
+    columns: Sequence[str]
+    rows: Sequence[tuple[Sequence[str], Sequence[Cell]]]
+    note: str = ""
+
+    def spans(self) -> list[int]:
+        """For each row how many rows its group covers; 0 where a row above began it."""
+        groups = [head[0] if len(head) > 1 else None for head, _ in self.rows]
+        found = []
+        for i, group in enumerate(groups):
+            if group is None:
+                found.append(1)
+            elif i and groups[i - 1] == group:
+                found.append(0)
+            else:
+                later = [g != group for g in groups[i:]]
+                found.append(later.index(True) if True in later else len(later))
+        return found
+
+
+def measures(numbers: Numbers) -> list[Table]:
+    """The overall measures, then what was done on requests of each kind."""
+    main = [m for m in MEASURES if m.name not in BEHAVIOUR]
+    behaviour = [BY_NAME[name] for name in BEHAVIOUR]
+    return [table for table in (
+        _overall(numbers, "measures", "All measures on held-out prompts", main),
+        _overall(numbers, "behaviour", "Asking back and refusing", behaviour),
+    ) if table.rows]
+
+
+def _overall(numbers: Numbers, name: str, caption: str, chosen: Sequence[Measure]) -> Table:
+    labels, before = numbers["labels"]["shown"], numbers["labels"]["before"]
+    differences = (numbers["paired"] or {}).get("differences", {}).get(OVERALL, {})
+    rows = []
+    for m in chosen:
+        found = [numbers["measures"][label].get(OVERALL, {}).get(m.name) for label in labels]
+        if not any(f and f["value"] is not None for f in found):
+            continue
+        cells = [estimate(m, f) for f in found]
+        if before:
+            cells.append(difference(m, differences.get(m.name)))
+        rows.append(((m.label.strip(),), cells))
+    columns = [*labels, *(["change"] if before else [])]
+    note = "In brackets 95 % bootstrap intervals over prompts, resampled within each source."
+    if before:
+        note += (
+            f" The change is from “{before}” to “{numbers['labels']['after']}” on the same prompts,"
+            " with its interval and the p-value of a paired permutation test, Holm-adjusted."
+        )
+    return Table(name, caption, columns, rows, note)
+
+
+def by_source(numbers: Numbers) -> list[Table]:
+    """Every source with every label, the paper's measures across."""
+    if len(numbers["sources"]) < 2:
+        return []
+    rows = [
+        ((source, label), [
+            estimate(BY_NAME[name], numbers["measures"][label][source][name]) for name in BY_SOURCE
+        ])
+        for source in numbers["sources"] for label in numbers["labels"]["shown"]
+        if source in numbers["measures"][label]
+    ]
+    return [Table("by_source", "By source", [BY_NAME[name].label for name in BY_SOURCE], rows)]
+
+
+def actions(numbers: Numbers) -> list[Table]:
+    """What was done on which kind of request; what the request calls for is marked."""
+    chosen = {label: numbers["actions"][label] for label in numbers["labels"]["shown"]}
+    requests = list(dict.fromkeys(kind for table in chosen.values() for kind in table))
+    rows, columns = [], []
+    for request in requests:
+        for label, table in chosen.items():
+            if request not in table:
+                continue
+            counts, total = table[request], sum(table[request].values())
+            columns = list(counts)
+            rows.append(((request, label), [
+                Cell(f"{n / total:.1%}", f"{n:,} of {total:,}"
+                     + (" · called for" if kind in RIGHT_KINDS[request] else ""))
+                for kind, n in counts.items()
+            ]))
+    heads = [kind.replace("answer_ask", "answers and asks").replace("_", " ") for kind in columns]
+    note = "Shares of the judged completions on requests of a kind. " \
+           "“Called for” marks the moves that serve both sides."
+    return [Table("actions", "What was asked and what was done", heads, rows, note)] if rows else []
+
+
+PARETO = (  # key of pareto.compare, label, form, scale, better
+    ("on_joint_frontier", "on the frontier of both", "{:.1f}%", 100, "higher"),
+    ("epsilon_coverage", "within ε of that frontier", "{:.1f}%", 100, "higher"),
+    ("avg_regret_Linf", "average regret L∞, share of the range", "{:.3f}", 1, "lower"),
+    ("hypervolume_exact", "hypervolume", "{:.3f}", 1, "higher"),
+    ("NSW_avg", "Nash welfare √(U·L)", "{:.3f}", 1, "higher"),
+)
+
+
+def pareto(numbers: Numbers) -> list[Table]:
+    """Both policies as clouds of (user, LLM) welfare on the same prompts."""
+    found = numbers["pareto"]
+    if found is None:
+        return []
+    before, after = numbers["labels"]["before"], numbers["labels"]["after"]
+    counts, total = found["basic_compare"], found["basic_compare"]["common_count"]
+    rows = [(("better for one side, for no side worse",), [
+        Cell(f"{counts[key] / total:.1%}", f"{counts[key]:,} of {total:,}")
+        for key in ("file1_dominates_file2", "file2_dominates_file1")
+    ])]
+    rows += [
+        ((f"{label} ({better} is better)",),
+         [Cell(form.format(found[key][side] * scale)) for side in ("file1", "file2")])
+        for key, label, form, scale, better in PARETO
+    ]
+    rows += [
+        ((f"{who}'s range covered",),
+         [Cell(f"{found['coverage_spread'][side][key]:.1%}") for side in ("file1", "file2")])
+        for who, key in (("user", "u_cov"), ("LLM", "l_cov"))
+    ]
+    note = (
+        f"{total:,} pairs of judged completions of the same prompts, ε = {found['epsilon']:g}; "
+        f"{counts['equal']:,} pairs are equal, {counts['incomparable']:,} are neither better nor "
+        "worse."
+    )
+    return [Table("pareto", "Pareto measures of the pair", [before, after], rows, note)]
+
+
+def cost(numbers: Numbers) -> list[Table]:
+    """Seconds by stage and phase; tokens, completions and judgements by place."""
+    spent = numbers["cost"]
+    rows = []
+    for stage, phases in spent["seconds"].items():
+        total = phases.get("step")
+        named = {name: value for name, value in phases.items() if name != "step"}
+        rest = total - sum(named.values()) if total is not None else 0.0
+        if rest > 0.0005 * (total or 0):
+            named["between the phases"] = rest
+        rows += [((stage, name), [
+            Cell(words.duration(value)), Cell(f"{value / total:.1%}" if total else "–"),
+        ]) for name, value in named.items()]
+        if total is not None:
+            rows.append(((stage, "all"), [Cell(words.duration(total)), Cell("100.0%")]))
+    found = []
+    if rows:
+        found.append(Table("seconds", "Time by phase", ["time", "share of the stage"], rows,
+                           "Steps that a resumed run did twice are counted once."))
+    amounts = [
+        *((f"tokens: {name}", n) for name, n in spent["tokens"].items()),
+        *((f"completions: {name}", n) for name, n in spent["completions"].items()),
+        *((f"judgements by a server: {name}", n) for name, n in spent["judge_calls"].items()
+          if n is not None),
+    ]
+    amounts = [(name, n) for name, n in amounts if n]
+    if amounts:
+        found.append(Table("amounts", "Tokens and judgements", ["amount"],
+                           [((name,), [Cell(f"{n:,.0f}")]) for name, n in amounts]))
+    return found
+
+
+def estimate(measure: Measure, found: Mapping[str, Any] | None) -> Cell:
+    """A measure of one label; "–" where it has no value."""
+    if found is None or found["value"] is None:
+        return Cell("–")
+    if found["low"] is None:
+        return Cell(measure.shown(found["value"]))
+    return Cell(measure.shown(found["value"]),
+                f"[{measure.shown(found['low'])}, {measure.shown(found['high'])}]")
+
+
+def difference(measure: Measure, found: Mapping[str, Any] | None) -> Cell:
+    """A paired difference with interval, p and what it means."""
+    if found is None:
+        return Cell("–")
+    below = words.p_text(found["p_adjusted"])
+    if found["low"] is not None:
+        low, high = (words.change(measure, found[key]) for key in ("low", "high"))
+        below = f"[{low}, {high}], {below}"
+    return Cell(words.change(measure, found["difference"]), below,
+                words.direction(measure, found))
