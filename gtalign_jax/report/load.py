@@ -27,8 +27,8 @@ FREE = ("rule", "given", "solver")  # notes in place of a reply, of those who co
 OF_METRICS = ("stage", "step")
 OF_ROW = (
     "id", "data_source", "sample", "question", "completion", "tokens", "reasoning_tokens",
-    "response_tokens", "stopped", "valid", "reward", "user_welfare", "llm_welfare", "answer", "format", "payoff",
-    "request_kind", "response_kind", "right_action", "judge_score",
+    "response_tokens", "stopped", "valid", "reward", "user_welfare", "llm_welfare", "answer",
+    "format", "payoff", "request_kind", "response_kind", "right_action", "judge_score",
 )  # fmt: skip
 
 _STEP = re.compile(r"step (\d{1,15})")
