@@ -223,6 +223,7 @@ def test_sources_are_assessed_apart_and_adjusted_together():
         (rows([0.1], sample=0), rows([0.1], sample=1), r"no \(id, sample\) is in both"),
         (rows([0.1], sample=0) * 2, rows([0.1], sample=0), "'p0', sample 0 stands twice.*first"),
         (rows([math.inf]), rows([0.1]), "'p0': user_welfare=inf"),
+        (rows([10**400]), rows([0.1]), "user_welfare=1000"),
         (rows(["high"]), rows([0.1]), "user_welfare='high'"),
         (rows([0.1], data_source="a"), rows([0.1], data_source="b"), "several data sources.*a, b"),
         (rows([None]), rows([0.1]), "'user_welfare': no pair"),

@@ -14,7 +14,7 @@ counted. Which fields are measures is the caller's choice; what they mean is not
 """
 
 import dataclasses
-import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -291,8 +291,9 @@ def _grouped(rows: Iterable[Row], by_sample: bool, side: str) -> dict[tuple[str,
         groups.setdefault(key, []).append(row)
         if by_sample and len(groups[key]) > 1:
             raise ValueError(
-                f"id {key[0]!r}, sample {key[1]!r} stands twice on the {side} side: one row per "
-                "completion is needed, of one policy (rows without `sample` would be averaged)"
+                f"id {key[0]!r}, sample {key[1]!r} stands twice on the {side} side: rows of one "
+                "policy are needed, of one label or one training step, each completion once "
+                "(rows without `sample` would be averaged per id)"
             )
     return groups
 
@@ -313,7 +314,8 @@ def _value(row: Row, name: str) -> float | None:
     value = row.get(name)
     if value is None or row.get("valid") is False:
         return None
-    if not isinstance(value, int | float) or not math.isfinite(value):
+    # An integer may be finite and yet no float.
+    if not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
         raise ValueError(f"id {row['id']!r}: {name}={value!r} must be a finite number or null")
     return float(value)
 
