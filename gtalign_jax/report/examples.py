@@ -108,6 +108,7 @@ def shown(row: Row) -> dict[str, Any]:
         "error": row.get("chain_error"),
         "factors": [(label, row[name]) for name, label in FACTORS if row.get(name) is not None],
         "judge": Cut.of(str(reply)),
+        "grade": row["judge_score"],
         "judge_failed": not row["valid"],
     }
 

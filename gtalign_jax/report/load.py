@@ -26,9 +26,10 @@ TEXTS = ("prompt", "question", "ground_truth", "completion", "judge_reply", "con
 FREE = ("rule", "given", "solver")  # notes in place of a reply, of those who cost nothing
 OF_METRICS = ("stage", "step")
 OF_ROW = (
-    "id", "data_source", "sample", "question", "completion", "tokens", "reasoning_tokens",
-    "response_tokens", "stopped", "valid", "reward", "user_welfare", "llm_welfare", "answer",
-    "format", "payoff", "request_kind", "response_kind", "right_action", "judge_score",
+    "id", "data_source", "sample", "question", "ground_truth", "completion", "tokens",
+    "reasoning_tokens", "response_tokens", "stopped", "valid", "reward", "user_welfare",
+    "llm_welfare", "answer", "format", "payoff", "request_kind", "response_kind", "right_action",
+    "judge_score",
 )  # fmt: skip
 
 _STEP = re.compile(r"step (\d{1,15})")

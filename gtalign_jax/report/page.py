@@ -162,8 +162,8 @@ def _environment() -> jinja2.Environment:
         "cut": examples.Cut.of,
         "number": lambda value: "–" if value is None else f"{value:.3g}",
         "pretty": lambda tree: json.dumps(tree, indent=2, ensure_ascii=False),
+        "signed": lambda value: f"{value:+.3f}".replace("-", "−") if value else "unchanged",
         "svg": lambda picture: Markup(picture.svg),
-        "zip": lambda one, other: zip(one, other, strict=True),
     }
     return env
 

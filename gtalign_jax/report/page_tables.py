@@ -7,6 +7,7 @@ no table says anything by colour alone. The HTML is made of these by the templat
 """
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ BEHAVIOUR = (
     "asks_when_ambiguous", "asks_when_definite", "harm", "plain_refusal", "constructive",
     "over_refusal",
 )  # fmt: skip
+STAGES = {"sft": "cold start", "grpo": "GRPO", "evaluate": "evaluation"}
 MARKS = {"better": "▲ better", "worse": "▼ worse", "changed": "◆ changed"}
 
 
@@ -46,19 +48,14 @@ class Table:
     rows: Sequence[tuple[Sequence[str], Sequence[Cell]]]
     note: str = ""
 
-    def spans(self) -> list[int]:
-        """For each row how many rows its group covers; 0 where a row above began it."""
-        groups = [head[0] if len(head) > 1 else None for head, _ in self.rows]
-        found = []
-        for i, group in enumerate(groups):
-            if group is None:
-                found.append(1)
-            elif i and groups[i - 1] == group:
-                found.append(0)
-            else:
-                later = [g != group for g in groups[i:]]
-                found.append(later.index(True) if True in later else len(later))
-        return found
+    def groups(self) -> list[tuple[str | None, list[tuple[str, Sequence[Cell]]]]]:
+        """[(group or None, [(name, cells), …]), …]."""
+        return [
+            (group, [(head[-1], cells) for head, cells in rows])
+            for group, rows in itertools.groupby(
+                self.rows, key=lambda row: row[0][0] if len(row[0]) > 1 else None
+            )
+        ]
 
 
 def measures(numbers: Numbers) -> list[Table]:
@@ -82,10 +79,12 @@ def _overall(numbers: Numbers, name: str, caption: str, chosen: Sequence[Measure
         cells = [estimate(m, f) for f in found]
         if before:
             cells.append(difference(m, differences.get(m.name)))
-        rows.append(((m.label.strip(),), cells))
+        rows.append(((words.named(m),), cells))
     columns = [*labels, *(["change"] if before else [])]
-    note = "In brackets 95 % bootstrap intervals over prompts, resampled within each source."
-    if before:
+    note = "" if name == "behaviour" else (
+        "In brackets 95 % bootstrap intervals over prompts, resampled within each source."
+    )
+    if before and note:
         note += (
             f" The change is from “{before}” to “{numbers['labels']['after']}” on the same prompts,"
             " with its interval and the p-value of a paired permutation test, Holm-adjusted."
@@ -97,14 +96,23 @@ def by_source(numbers: Numbers) -> list[Table]:
     """Every source with every label, the paper's measures across."""
     if len(numbers["sources"]) < 2:
         return []
-    rows = [
-        ((source, label), [
-            estimate(BY_NAME[name], numbers["measures"][label][source][name]) for name in BY_SOURCE
-        ])
-        for source in numbers["sources"] for label in numbers["labels"]["shown"]
-        if source in numbers["measures"][label]
-    ]
-    return [Table("by_source", "By source", [BY_NAME[name].label for name in BY_SOURCE], rows)]
+    differences = (numbers["paired"] or {}).get("differences", {})
+    columns = [BY_NAME[name].label for name in BY_SOURCE]
+    rows = []
+    for source in numbers["sources"]:
+        for label in numbers["labels"]["shown"]:
+            found = numbers["measures"][label].get(source)
+            if found is None:
+                continue
+            cells = [estimate(BY_NAME[name], found[name]) for name in BY_SOURCE]
+            if differences:
+                is_after = label == numbers["labels"]["after"]
+                moved = differences.get(source, {}).get("social_welfare") if is_after else None
+                cells.append(difference(BY_NAME["social_welfare"], moved) if is_after else Cell(""))
+            rows.append(((source, label), cells))
+    if differences:
+        columns.append("change of social welfare")
+    return [Table("by_source", "Measures by source", columns, rows)]
 
 
 def actions(numbers: Numbers) -> list[Table]:
@@ -170,8 +178,9 @@ def pareto(numbers: Numbers) -> list[Table]:
 def cost(numbers: Numbers) -> list[Table]:
     """Seconds by stage and phase; tokens, completions and judgements by place."""
     spent = numbers["cost"]
-    rows = []
-    for stage, phases in spent["seconds"].items():
+    rows: list[tuple[Sequence[str], Sequence[Cell]]] = []
+    for key, phases in spent["seconds"].items():
+        stage = STAGES.get(key, key)
         total = phases.get("step")
         named = {name: value for name, value in phases.items() if name != "step"}
         rest = total - sum(named.values()) if total is not None else 0.0
@@ -185,7 +194,8 @@ def cost(numbers: Numbers) -> list[Table]:
     found = []
     if rows:
         found.append(Table("seconds", "Time by phase", ["time", "share of the stage"], rows,
-                           "Steps that a resumed run did twice are counted once."))
+                           "Steps that a resumed run did twice are counted once; what lies between "
+                           "stages (start, evaluations, export) is not in it."))
     amounts = [
         *((f"tokens: {name}", n) for name, n in spent["tokens"].items()),
         *((f"completions: {name}", n) for name, n in spent["completions"].items()),

@@ -34,10 +34,15 @@ def summary(numbers: Numbers, config: Mapping[str, Any] | None) -> list[tuple[st
     return [(title, " ".join(said)) for title, said in parts if said]
 
 
+def named(measure: Measure) -> str:
+    """The measure's label where it stands alone, not below the one that it is a part of."""
+    return f"tokens {measure.label.strip()}" if measure.label.startswith(" ") else measure.label
+
+
 def change(measure: Measure, value: float) -> str:
     """A difference of this measure as text, with its sign; shares in percentage points."""
     text = measure.form.replace("{:", "{:+").format(value * measure.scale)
-    return text.replace("%", " pt")
+    return text.replace("%", " pt").replace("-", "−")
 
 
 def direction(measure: Measure, found: Mapping[str, Any]) -> str:
@@ -177,13 +182,13 @@ def _worse(numbers: Numbers) -> list[str]:
         and (d["difference"] > 0) != (m.better == "higher")
     ]
     out = [
-        f"{m.label.strip()[0].upper()}{m.label.strip()[1:]}: from {m.shown(d['first'])} to "
+        f"{named(m)[0].upper()}{named(m)[1:]}: from {m.shown(d['first'])} to "
         f"{m.shown(d['second'])}, {_change_with_interval(m, d)} ({p_text(d['p_adjusted'])})."
         for m, d in lost
     ] or ["Nothing that has a good and a bad direction got worse beyond chance."]
     if unsure:
         out.append("Worse, but within what chance may do: "
-                   f"{listed([m.label.strip() for m in unsure])}.")
+                   f"{listed([named(m) for m in unsure])}.")
     return out
 
 
