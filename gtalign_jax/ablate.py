@@ -11,7 +11,6 @@ status is then 1. SIGTERM ends with status 75, a mistake of the user's with 2.
 import contextlib
 import functools
 import gc
-import hashlib
 import json
 import logging
 import os
@@ -19,7 +18,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -27,23 +26,25 @@ import jax
 from absl import app
 from jax.experimental.compilation_cache import compilation_cache
 
-from gtalign_jax.config import (
-    Config,
-    check,
-    define_flag,
-    from_flag,
-    parse_flags,
-    resolved_json,
-)
+from gtalign_jax.command import carry_out
+from gtalign_jax.config import Config, check, define_flag, parse_flags
+from gtalign_jax.evaluation import ablation_tables
+from gtalign_jax.evaluation.ablation import Comparison
+from gtalign_jax.evaluation.measures import Row, by_label
 from gtalign_jax.freeze import ConfigError, to_dict
 from gtalign_jax.model.sharding import slice_count
 from gtalign_jax.pod import exchange
-from gtalign_jax.pod.ending import EXIT_FAILED, EXIT_MISTAKE, MISTAKES
-from gtalign_jax.pod.exchange import PodError, is_first
-from gtalign_jax.pod.notice import EXIT_PREEMPTED, Preempted
-from gtalign_jax.pod.start import start
+from gtalign_jax.pod.ending import EXIT_FAILED
+from gtalign_jax.pod.exchange import is_first
+from gtalign_jax.pod.notice import EXIT_PREEMPTED
+from gtalign_jax.pod.start import check_same
+from gtalign_jax.report.figures_forest import forest
+from gtalign_jax.report.figures_plane import plane_points
+from gtalign_jax.report.ink import Picture
 from gtalign_jax.run import run as run_one
-from gtalign_jax.training.checkpoint import CheckpointError, flatten
+from gtalign_jax.training import plots
+from gtalign_jax.training.checkpoint import flatten
+from gtalign_jax.training.metrics import read_rows
 from gtalign_jax.variants import COLD_START, Ablation, Run, plan
 
 NOTE_FILE = "ablation.json"  # in a run's directory, when it is over
@@ -176,6 +177,56 @@ def _left(runs: Sequence[Run], seconds: dict[str, list[float]]) -> str:
     return f" (about {total / 60:.0f} minutes left)"
 
 
+def report(ablation: Ablation, failed: Mapping[str, str]) -> str:
+    """Writes ablation.{md,csv,json} and pictures; returns what they say in words."""
+    directory = Path(ablation.workdir)
+    policies: dict[str, dict[int, list[Row]]] = {}
+    for item in plan(ablation):
+        labels = {COLD_START: plots.COLD_START} if item.name == COLD_START else {
+            item.name: plots.AFTER}
+        if item.name != COLD_START and not item.cold_start:
+            labels |= {f"{item.name}_{COLD_START}": plots.COLD_START}
+        if item.config.workdir in failed:
+            continue
+        rows = by_label(read_rows(Path(item.config.workdir) / "evaluations.jsonl"))
+        for name, label in labels.items():
+            policies.setdefault(name, {})[item.seed] = rows[label]
+    if not set(policies) & set(ablation.rewards):
+        return "no run has come to its end: there is nothing to compare"
+    comparison = Comparison(policies, ablation.run.reward.llm)
+    found = ablation_tables.find(comparison, failed)
+    ablation_tables.save(directory, found)
+    pictures = _pictures(found)
+    for picture in pictures:
+        (directory / f"{picture.name}.png").write_bytes(picture.png)
+    names = ", ".join(f"{directory}/{name}" for name in (
+        "ablation.md", "ablation.csv", "ablation.json", *(f"{p.name}.png" for p in pictures)))
+    said = [f"- {line}".replace("**", "") for line in ablation_tables.words(found)]
+    return "\n".join((*said, f"written: {names}"))
+
+
+def _pictures(found: ablation_tables.Findings) -> list[Picture]:
+    """The rewards in the plane of both sides' welfare, and their differences from the reference."""
+    points = []
+    for name, outcomes in found.outcomes.items():
+        user, llm = outcomes["user_welfare"], outcomes["llm_welfare"]
+        points.append((ablation_tables.label(name), user.value, user.low, user.high,
+                       llm.value, llm.low, llm.high))
+    rows = [
+        (found.measures[name].label, ablation_tables.label(other), c.difference, c.low, c.high)
+        for name in ("social_welfare", "user_welfare", "llm_welfare", "answer")
+        for other, contrasts in found.contrasts.items() for c in (contrasts[name],)
+    ]
+    reference = ablation_tables.label(found.reference)
+    about = "Means over all seeds, with 95 % intervals over seeds and prompts."
+    pictures = (
+        plane_points("ablation_plane", "Both sides' welfare under each reward", points, about),
+        forest("ablation_differences", f"Differences from {reference}", rows, caption=about,
+               form="{:+.3f}", x="difference"),
+    )
+    return [picture for picture in pictures if picture is not None]
+
+
 def _say(text: str) -> None:
     if is_first():
         print(text, flush=True)
@@ -207,37 +258,25 @@ def _end_when_told(number: int, frame: Any) -> None:
     sys.exit(EXIT_PREEMPTED)
 
 
+def whole(ablation: Ablation) -> None:
+    """The runs, then their comparison. Ends the process with status 1 where a run failed."""
+    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax warns of each look at a checkpoint
+    said = f"{ablation.rewards} {ablation.seeds} {ablation.workdir}"
+    check_same("the ablation", {"rewards, seeds, workdir": said})
+    signal.signal(signal.SIGTERM, _end_when_told)
+    with kept_programs(os.path.abspath(f"{ablation.workdir}/compiled")):
+        failed = ablate(ablation)
+    if is_first():
+        for workdir, reason in failed.items():
+            print(f"error: {workdir}: {reason}", file=sys.stderr)
+        print(f"\n{report(ablation, failed)}", flush=True)
+    if failed:
+        sys.exit(EXIT_FAILED)
+
+
 def main(argv: list[str]) -> None:
     del argv
-    for name in ("httpx", "httpx2", "jax"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax warns of each look at a checkpoint
-    try:
-        ablation = from_flag(_CONFIG, Ablation)
-        text = f"{ablation.rewards}{ablation.seeds}{ablation.workdir}{resolved_json(ablation.run)}"
-        start(ablation.run.pod, {"config": hashlib.sha256(text.encode()).hexdigest()})
-        if not is_first():
-            logging.getLogger("gtalign_jax").setLevel(logging.ERROR)
-        signal.signal(signal.SIGTERM, _end_when_told)
-        with kept_programs(os.path.abspath(f"{ablation.workdir}/compiled")):
-            failed = ablate(ablation)
-    except MISTAKES as error:
-        sys.exit(_fail(error, EXIT_MISTAKE))
-    except Preempted as told:
-        print(f"{told}; the same command goes on from there", file=sys.stderr)
-        sys.exit(EXIT_PREEMPTED)
-    except (CheckpointError, PodError) as error:
-        sys.exit(_fail(error, EXIT_FAILED))
-    for workdir, reason in failed.items():
-        _fail(f"{workdir}: {reason}", EXIT_FAILED)
-    sys.exit(EXIT_FAILED if failed else 0)
-
-
-def _fail(error: Exception | str, status: int) -> int:
-    if logging.getLogger().isEnabledFor(logging.DEBUG):
-        logging.exception("the ablation ended")
-    print(f"error: {error}", file=sys.stderr)
-    return status
+    carry_out(_CONFIG, whole, cls=Ablation, common=lambda ablation: ablation.run)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import hashlib
 import logging
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from absl import flags
 
@@ -24,14 +25,20 @@ from gtalign_jax.training.checkpoint import CheckpointError
 CHATTY = ("absl", "httpx", "httpx2", "jax")  # the judge's client reports each request
 
 
-def carry_out(flag: flags.FlagHolder, work: Callable[[Config], object], *words: str) -> None:
-    """`work(config)` in every process; `words` are what else the command line must agree on."""
+def carry_out(
+    flag: flags.FlagHolder, work: Callable[[Any], object], *words: str, cls: type = Config,
+    common: Callable[[Any], Config] = lambda config: config,
+) -> None:
+    """`work(config)` in every process; `words` are what else the command line must agree on.
+
+    `cls`: what the flag's file describes. `common`: the Config in it that says how processes meet.
+    """
     for name in CHATTY:
         logging.getLogger(name).setLevel(logging.WARNING)
     try:
-        config = from_flag(flag)
-        said = "\0".join((resolved_json(config), *words))
-        start(config.pod, {"config": hashlib.sha256(said.encode()).hexdigest()})
+        config = from_flag(flag, cls)
+        said = "\0".join((resolved_json(common(config)), *words))
+        start(common(config).pod, {"config": hashlib.sha256(said.encode()).hexdigest()})
         if not is_first():  # what all of them would say, process 0 says
             logging.getLogger("gtalign_jax").setLevel(logging.ERROR)
         work(config)
