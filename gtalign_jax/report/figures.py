@@ -16,7 +16,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import PercentFormatter
 
 from gtalign_jax.game import payoff
 from gtalign_jax.game.chain import ACTIONS, KEYS, PLAYERS, USER_ACTIONS
@@ -165,8 +165,8 @@ def _histogram(name: str, title: str, what: str, values: Mapping[str, np.ndarray
         told.append(f"{ink.short(label)}: mean {numbers.mean():.1f}, from {numbers.min():g} to "
                     f"{numbers.max():g}, {len(numbers)} completions")
     axes.set_ylim(bottom=0)
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    axes.yaxis.set_major_locator(MaxNLocator(5))
+    ink.ticks(axes.xaxis, 6, integer=True)
+    ink.ticks(axes.yaxis, 5)
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     ink.says(axes, what, "share of completions")
     ink.legend(figure, handles, labels)

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
 
 from gtalign_jax.evaluation.measures import OVERALL, Estimate, Measure
 from gtalign_jax.report import ink
@@ -48,7 +47,7 @@ def forest(name: str, title: str, rows: Sequence[ForestRow], *, caption: str = "
             y += LINE
         y += 0.5 * (HEADING - LINE) + 0.04
     axes.set(ylim=(y - 0.1, -0.16), yticks=[])
-    axes.xaxis.set_major_locator(MaxNLocator(5))
+    ink.ticks(axes.xaxis, 5)
     axes.margins(x=0.08)
     ink.says(axes, x)
     shown = [group for group in groups if any(row[1] == group for row in kept)]

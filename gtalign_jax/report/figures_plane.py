@@ -3,7 +3,6 @@
     x = user welfare U, y = LLM welfare L;  curves of equal social welfare: sqrt(U L) = constant
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ from matplotlib.lines import Line2D
 from gtalign_jax.report import ink
 from gtalign_jax.report.ink import Picture
 
-MOST_SHOWN = 400  # points per label: more only hide each other
+MOST_SHOWN = 400  # marks per label: more only hide each other
 ISO = np.arange(0.1, 3, 0.1)  # levels of social welfare that have a curve, as far as they fit
 PlanePoint = tuple[str, float, float, float, float, float, float]
 
@@ -38,10 +37,11 @@ def welfare_plane(groups: Mapping[str, Any], name: str = "welfare_plane",
         if not len(cloud):
             continue
         look = ink.style(i)
-        some = cloud[np.linspace(0, len(cloud) - 1, min(len(cloud), MOST_SHOWN)).astype(int)]
-        hidden |= len(some) < len(cloud)
-        axes.plot(*some.T, look.marker, color=look.color, markersize=4, alpha=0.35,
-                  markeredgewidth=0)
+        places, counts = clumps(cloud)
+        hidden |= len(places) > MOST_SHOWN
+        areas = 9 + 300 * counts / len(cloud)
+        axes.scatter(*places[:MOST_SHOWN].T, areas[:MOST_SHOWN], look.color, alpha=0.4,
+                     marker=look.marker, linewidths=0)
         stairs = frontier(cloud)
         ends = np.array([[limits[0], stairs[0, 1]], *stairs, [stairs[-1, 0], limits[2]]])
         axes.step(*ends.T, where="pre", color=look.color, linestyle=look.dash, linewidth=2)
@@ -58,10 +58,11 @@ def welfare_plane(groups: Mapping[str, Any], name: str = "welfare_plane",
     handles.append(Line2D([], [], linestyle="none", marker="X", color=ink.MUTED, markersize=10))
     labels.append("mean")
     ink.legend(figure, handles, labels)
-    caption = ("Each mark is a completion, each stepped line the Pareto frontier of all "
-               "completions of its label, grey curves join points of equal social welfare √(U·L).")
+    caption = ("Each mark stands for the completions of one spot (0.01 wide), its area for their "
+               "number; each stepped line is the Pareto frontier of all completions of its label; "
+               "grey curves join points of equal social welfare √(U·L).")
     if hidden:
-        caption += f" Of each label {MOST_SHOWN} evenly spread completions are shown."
+        caption += f" Of each label the {MOST_SHOWN} fullest spots are shown."
     return ink.draw(name, title, caption, f"{title}. {'; '.join(told)}.", figure)
 
 
@@ -88,7 +89,7 @@ def plane_points(name: str, title: str, points: Sequence[PlanePoint],
             axes.plot([low, high], [llm, llm], color=look.color, linewidth=1.6)
         if ink.numbers((llm_low, llm_high)) == [llm_low, llm_high]:
             axes.plot([user, user], [llm_low, llm_high], color=look.color, linewidth=1.6)
-        axes.plot([user], [llm], look.marker, color=look.color, markersize=8,
+        axes.plot([user], [llm], look.marker, color=look.color, markersize=9,
                   markeredgecolor=ink.PAPER, zorder=5)
     labels = list(dict.fromkeys(p[0] for p in kept))
     handles = [Line2D([], [], linestyle="none", marker=looks[label].marker, markersize=8,
@@ -107,6 +108,16 @@ def frontier(points_N2: np.ndarray) -> np.ndarray:
         if not kept or point[1] > kept[-1][1]:
             kept.append(point)
     return np.array(kept[::-1])
+
+
+def clumps(points_N2: np.ndarray, width: float = 0.01) -> tuple[np.ndarray, np.ndarray]:
+    """(mean of the points of each occupied square of `width`, their number), fullest first."""
+    squares, which_N, counts = np.unique(np.floor(points_N2 / width), axis=0, return_inverse=True,
+                                         return_counts=True)
+    sums = np.zeros_like(squares)
+    np.add.at(sums, which_N.reshape(-1), points_N2)
+    order = np.argsort(-counts, kind="stable")
+    return (sums / counts[:, None])[order], counts[order]
 
 
 def finite_pairs(points: Any) -> np.ndarray:
@@ -129,15 +140,10 @@ def _frame(axes: Axes, points_N2: np.ndarray) -> tuple[float, float, float, floa
         if inside.sum() < 8:
             continue
         axes.plot(x[inside], y[inside], color=ink.MUTED, linewidth=0.7, alpha=0.55)
-        at = np.flatnonzero(inside)[0]  # the upper left end: clouds thin out there
-        text = axes.annotate(f"{level:.1f}", (x[at], y[at]), (2, -3), textcoords="offset points",
-                             fontsize=8, color=ink.MUTED, va="top")
-        text.set_in_layout(False)
+        at = np.flatnonzero(inside)[int(0.9 * inside.sum())]  # lower right: clouds thin out there
+        axes.text(x[at], y[at], f"{level:.1f}", fontsize=8.5, color=ink.MUTED, ha="center",
+                  va="center", bbox={"facecolor": ink.PAPER, "linewidth": 0, "pad": 0.6})
+    ink.ticks(axes.xaxis, 6)
+    ink.ticks(axes.yaxis, 6)
     ink.says(axes, "user welfare U", "LLM welfare L")
     return float(left), float(right), float(bottom), float(top)
-
-
-def spread(values: Sequence[float]) -> tuple[float, float, float]:
-    """(mean, smallest, largest) of the finite values; NaN without any."""
-    kept = ink.numbers(values)
-    return (float(np.mean(kept)), min(kept), max(kept)) if kept else (math.nan,) * 3

@@ -18,7 +18,8 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import PercentFormatter
+from matplotlib.transforms import Transform
 
 from gtalign_jax.evaluation.measures import (
     BY_NAME,
@@ -34,7 +35,7 @@ from gtalign_jax.reward.rules import REQUEST_KINDS, RESPONSE_KINDS, RIGHT_KINDS
 from gtalign_jax.training.plots import AFTER, COLD_START
 
 Row = Mapping[str, Any]
-MOST_POINTS = 50
+MOST_POINTS, MOST_BARS = 50, 30
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
 
 
@@ -85,11 +86,10 @@ SCALARS = (  # of metrics.jsonl alone: name, stage, metric, title
 KINDS = (*RESPONSE_KINDS, UNREADABLE)
 KIND_LABELS = {
     "answer": "answers", "ask": "asks back", "answer_ask": "answers and asks",
-    "refuse": "refuses", "constructive": "refuses, offers else", "none": "says nothing",
-    UNREADABLE: "no readable response",
+    "refuse": "refuses", "constructive": "offers instead", "none": "says nothing",
+    UNREADABLE: "unreadable",
 }  # fmt: skip
-KIND_HATCHES = dict(zip(KINDS, ("", "////", "....", "xxxx", "\\\\\\\\", "----", "++++"),
-                        strict=True))
+KIND_HATCHES = dict(zip(KINDS, ("", "//", "||", "xx", "\\\\", "--", "++"), strict=True))
 
 
 def learning_curves(metrics_rows: Sequence[Row], rollout_rows: Sequence[Row],
@@ -117,10 +117,11 @@ def action_shares(rollout_rows: Sequence[Row]) -> list[Picture]:
     bottom of each bar, below the thick line."""
     rows = [row for row in rollout_rows if row["stage"] == "grpo" and row["valid"]]
     pictures = []
+    pools = pooled((row["step"] for row in rows), MOST_BARS)
     for request in REQUEST_KINDS:
         chosen = [row for row in rows if row["request_kind"] == request]
         if chosen:
-            pictures.append(_actions(request, chosen))
+            pictures.append(_actions(request, chosen, pools))
     return pictures
 
 
@@ -179,20 +180,25 @@ def _curves(panel: Panel, found: Sequence[Mapping[str, Estimate]],
             pools: Sequence[Sequence[int]], has_rows: bool) -> Picture | None:
     figure, axes = ink.panel()
     handles, labels, told, has_marks = [], [], [], False
-    for curve in panel.curves:
+    for i, curve in enumerate(panel.curves):
         color = ink.PALETTE[curve.color]
+        moved = ink.aside(axes, 5 * (i - (len(panel.curves) - 1) / 2))
         points = _points([(float(np.mean(p)), f) for p, f in zip(pools, found, strict=True)],
                          curve.measure)
         marks = _points(held_out, curve.measure)
         if not (points or marks):
             continue
         if points:
-            _line(axes, points, color, curve.marker, curve.dash)
+            _line(axes, points, color, curve.marker, curve.dash, moved)
         for x, value, low, high in marks:
-            axes.plot([x, x], [low, high], color=color, linewidth=1.3, zorder=4)
+            axes.plot([x, x], [low, high], color=color, linewidth=1.3, zorder=4, transform=moved)
             axes.plot([x], [value], curve.marker, color=color, markerfacecolor=ink.PAPER,
-                      markersize=7, markeredgewidth=1.6, clip_on=False, zorder=5)
+                      markersize=7, markeredgewidth=1.6, clip_on=False, zorder=5, transform=moved)
         has_marks |= bool(marks)
+        # What was moved aside does not count for the limits by itself.
+        spots = [(x, y) for x, *ys in (*points, *marks) for y in ink.numbers(ys)]
+        axes.update_datalim(spots)
+        axes.autoscale_view()
         label = curve.label if has_rows or curve.metric != "reward/total" else "reward"
         handles.append(Line2D([], [], color=color, linestyle=curve.dash, marker=curve.marker,
                               markersize=4.5, linewidth=2))
@@ -233,15 +239,17 @@ def _points(found: Iterable[tuple[float, Mapping[str, Estimate]]],
 
 
 def _line(axes: Axes, points: Sequence[tuple[float, float, float, float]], color: str,
-          marker: str, dash: Any) -> None:
+          marker: str, dash: Any, alone: Transform) -> None:
+    """A curve and its band; a single point and its interval, which have a place of their own."""
     x, value, low, high = np.array(points, float).T
-    alone = len(x) == 1
+    if len(x) == 1:
+        axes.plot(x, value, marker, color=color, markersize=7, zorder=3, transform=alone)
+        axes.plot([x[0], x[0]], [low[0], high[0]], color=color, linewidth=4, alpha=0.35,
+                  transform=alone)
+        return
     axes.plot(x, value, color=color, linestyle=dash, linewidth=2, zorder=3, marker=marker,
-              markersize=6 if alone else 4.5, markevery=max(1, len(x) // 6))
-    if alone:
-        axes.plot([x[0], x[0]], [low[0], high[0]], color=color, linewidth=4, alpha=0.35)
-    else:
-        axes.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
+              markersize=4.5, markevery=max(1, len(x) // 6))
+    axes.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
 
 
 def _from_to(points: Sequence[tuple[float, float, float, float]], share: bool) -> str:
@@ -253,7 +261,7 @@ def _from_to(points: Sequence[tuple[float, float, float, float]], share: bool) -
 
 
 def _finish(axes: Axes, share: bool, x: str = "GRPO step") -> None:
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    ink.ticks(axes.xaxis, 6, integer=True)
     if share:
         axes.set_ylim(-0.02, 1.02)
         axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
@@ -262,7 +270,7 @@ def _finish(axes: Axes, share: bool, x: str = "GRPO step") -> None:
         low, high = axes.get_ylim()
         if high - low < 1e-3:  # a flat line: no axis in units of 1e-18
             axes.set_ylim(low - 0.05, high + 0.05)
-        axes.yaxis.set_major_locator(MaxNLocator(6))
+        ink.ticks(axes.yaxis, 6)
     ink.says(axes, x)
 
 
@@ -307,7 +315,7 @@ def _scalar(rows: Sequence[Row], name: str, stage: str, metric: str, title: str)
     pools = pooled(row["step"] for row in chosen)
     points = [(float(np.mean(pool)), float(np.mean([row[metric] for row in part])), math.nan,
                math.nan) for pool, part in zip(pools, by_pool(chosen, pools), strict=True)]
-    _line(axes, points, ink.PALETTE["social"], "o", SOLID)
+    _line(axes, points, ink.PALETTE["social"], "o", SOLID, axes.transData)
     _finish(axes, False, "GRPO step" if stage == "grpo" else "cold start step")
     return ink.draw(name, title, _pooling(pools), f"{title}: {_from_to(points, False)}.", figure)
 
@@ -322,9 +330,12 @@ def shares_by_pool(rows: Sequence[Row], pools: Sequence[Sequence[int]]) -> np.nd
     return found
 
 
-def _actions(request: str, rows: Sequence[Row]) -> Picture:
-    pools = pooled((row["step"] for row in rows), most=40)
-    share = dict(zip(KINDS, shares_by_pool(rows, pools).T, strict=True))
+def _actions(request: str, rows: Sequence[Row], pools: Sequence[Sequence[int]]) -> Picture:
+    pooling = _pooling(pools).replace("point", "bar")
+    shares = shares_by_pool(rows, pools)
+    known = np.isfinite(shares[:, 0])  # a step may have no such prompt
+    pools = [pool for pool, is_known in zip(pools, known, strict=True) if is_known]
+    share = dict(zip(KINDS, shares[known].T, strict=True))
     wanted = [kind for kind in KINDS if kind in RIGHT_KINDS[request]]
     order = [*wanted, *(kind for kind in KINDS if kind not in wanted)]
     x = np.array([(pool[0] + pool[-1]) / 2 for pool in pools])
@@ -336,7 +347,7 @@ def _actions(request: str, rows: Sequence[Row]) -> Picture:
         if not np.any(share[kind] > 0):
             continue
         # Bars, not areas: a single step is seen, too, and a step without such prompts is a gap.
-        look = dict(facecolor=ink.PALETTE.get(kind, ink.GRID), hatch=KIND_HATCHES[kind],
+        look = dict(facecolor=ink.PALETTE[kind], hatch=KIND_HATCHES[kind],
                     edgecolor=ink.PAPER, linewidth=0.5)
         axes.bar(x, share[kind], width, base, **look)
         base = base + share[kind]
@@ -350,6 +361,6 @@ def _actions(request: str, rows: Sequence[Row]) -> Picture:
     names = " or ".join(f"“{KIND_LABELS[kind]}”" for kind in wanted)
     caption = " ".join(filter(None, (
         f"Share of training completions; ✓ and below the thick line: what serves both sides, "
-        f"{names}.", _pooling(pools).replace("point", "bar"))))
+        f"{names}.", pooling)))
     alt = f"{title}: {names} goes from {right[0]:.0%} to {right[-1]:.0%}."
     return ink.draw(f"actions_{request}", title, caption, alt, figure)

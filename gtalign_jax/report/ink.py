@@ -10,6 +10,7 @@ a colour says, a dash, a marker or a hatch says too. Knows nothing of runs.
 
 import dataclasses
 import io
+import math
 import re
 import textwrap
 import unicodedata
@@ -19,10 +20,14 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import Transform, offset_copy
 
 INK, MUTED, GRID, PAPER = "#1f2328", "#59636e", "#e1e4e8", "#ffffff"
 THEME = {INK: "--ink", MUTED: "--muted", GRID: "--grid", PAPER: "--paper"}
@@ -31,13 +36,14 @@ BLUE, VERMILLION, GREEN, PURPLE = "#0072b2", "#d55e00", "#009e73", "#cc79a7"
 ORANGE, SKY, YELLOW = "#e69f00", "#56b4e9", "#f0e442"
 PALETTE = {  # what a colour stands for, where it always stands for the same
     "social": INK, "user": BLUE, "llm": VERMILLION, "format": GREEN, "action": PURPLE,
-    "consistency": ORANGE, "reasoning": PURPLE, "response": GREEN, "baseline": MUTED,
+    "reasoning": PURPLE, "response": GREEN, "baseline": MUTED,
     "answer": BLUE, "answer_ask": SKY, "ask": ORANGE, "refuse": VERMILLION,
-    "constructive": GREEN, "none": MUTED,
+    "constructive": GREEN, "none": YELLOW, "unreadable": MUTED,
 }  # fmt: skip
 
 WIDTH, HEIGHT = 4.6, 3.4  # inches: text of 10 points stays readable 360 pixels wide
-TEXT, SMALL = 10, 9
+TEXT, SMALL = 10.5, 9.5  # points
+LINE = 0.2  # inches that a line of small text takes
 FONTS = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Noto Sans', 'DejaVu Sans', sans-serif"
 
 _SVG, _XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
@@ -79,17 +85,16 @@ class Style:
     color: str
     marker: str
     dash: Any
-    hatch: str
 
 
 STYLES = (
-    Style(BLUE, "o", "-", ""),
-    Style(VERMILLION, "s", (0, (5, 2)), "////"),
-    Style(GREEN, "^", (0, (1.2, 1.5)), "...."),
-    Style(PURPLE, "D", (0, (6, 2, 1.2, 2)), "\\\\\\\\"),
-    Style(INK, "v", (0, (3, 1.5, 1, 1.5, 1, 1.5)), "xxxx"),
-    Style(ORANGE, "P", (0, (9, 2)), "----"),
-    Style(SKY, "X", (0, (2, 3)), "++++"),
+    Style(BLUE, "o", "-"),
+    Style(VERMILLION, "s", (0, (5, 2))),
+    Style(GREEN, "^", (0, (1.2, 1.5))),
+    Style(PURPLE, "D", (0, (6, 2, 1.2, 2))),
+    Style(INK, "v", (0, (3, 1.5, 1, 1.5, 1, 1.5))),
+    Style(ORANGE, "P", (0, (9, 2))),
+    Style(SKY, "X", (0, (2, 3))),
 )
 
 
@@ -120,9 +125,20 @@ def quiet(axes: Axes, *, grid: str = "y") -> None:
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(GRID)
-    axes.tick_params(colors=MUTED, labelsize=SMALL, length=0)
+    axes.tick_params(colors=MUTED, labelsize=SMALL, length=0, pad=5)
     axes.xaxis.label.set(color=MUTED, fontsize=SMALL)
     axes.yaxis.label.set(color=MUTED, fontsize=SMALL)
+
+
+def ticks(axis: Axis, most: int, *, integer: bool = False) -> None:
+    """About `most` ticks, at round numbers."""
+    axis.set_major_locator(MaxNLocator(most, steps=[1, 2, 2.5, 5, 10], integer=integer,
+                                       min_n_ticks=1 if integer else 2))
+
+
+def aside(axes: Axes, place: float) -> Transform:
+    """Data coordinates moved `place` points to the right: marks of one spot do not hide another."""
+    return offset_copy(axes.transData, axes.figure, x=place, units="points")
 
 
 def says(axes: Axes, x: str = "", y: str = "") -> None:
@@ -133,12 +149,19 @@ def says(axes: Axes, x: str = "", y: str = "") -> None:
 
 
 def legend(figure: Figure, handles: Sequence[Artist], labels: Sequence[str]) -> None:
-    """A legend below the plot, in as many columns as the longest label leaves room for."""
+    """A legend below the plot, in as many columns as there is room for.
+
+    The figure grows by its lines: the plot keeps its height.
+    """
     if not handles:
         return
-    room, handle, letter = 72 * WIDTH - 8, 40, 0.66 * SMALL  # points
-    widest = max(columns(label) for label in labels)
-    ncols = max(1, min(4, len(labels), int(room / (handle + letter * widest))))
+    room, handle, letter = 72 * WIDTH - 8, 44, 0.62 * SMALL  # points
+    wide = [handle + letter * columns(label) for label in labels]
+    fits = [n for n in range(1, min(4, len(labels)) + 1)
+            if sum(max(column) for column in np.array_split(wide, n)) <= room]
+    ncols = max(fits, default=1)
+    lines = math.ceil(len(labels) / ncols)
+    figure.set_figheight(figure.get_figheight() + LINE * (lines - 1))
     figure.legend(
         handles, labels, loc="outside lower left", ncols=ncols, fontsize=SMALL, frameon=False,
         labelcolor=INK, handlelength=2.4, columnspacing=1.0, borderaxespad=0.2, borderpad=0.2,
@@ -153,7 +176,7 @@ def short(text: object, limit: int = 40) -> str:
     clean = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
     if columns(clean) <= limit:
         return clean or "–"
-    head, tail = clean, clean
+    head, tail = clean[:limit], clean[-limit:]
     while columns(head) > limit // 2:
         head = head[:-1]
     while columns(tail) > limit - limit // 2 - 1:
@@ -202,6 +225,10 @@ def _inline(svg: str, name: str, title: str, alt: str) -> str:
     for element in root.iter():
         element.tag = element.tag.removeprefix(f"{{{_SVG}}}")
         attributes = {k.removeprefix(f"{{{_XLINK}}}"): v for k, v in element.attrib.items()}
+        paints = [f"{k}: {attributes.pop(k)}" for k in ("fill", "stroke") if k in attributes]
+        if paints:  # as attributes of their own they could not be variables
+            styles = filter(None, (*paints, attributes.get("style")))
+            attributes["style"] = "; ".join(styles)
         element.attrib.clear()
         element.attrib.update({k: _mended(k, v, name) for k, v in attributes.items()})
     for key in ("width", "height", "version"):
