@@ -41,13 +41,13 @@ def config(workdir, **overrides) -> Config:
     return freeze(Config, values)
 
 
-def config_of(name: str, words: str = "") -> Config:
-    """The frozen config of `configs/NAME.py[:words]`; unknown keys do not survive `freeze`."""
+def config_of(name: str, words: str = "", cls: type = Config):
+    """The frozen `cls` of `configs/NAME.py[:words]`; unknown keys do not survive `freeze`."""
     path = Path(__file__).resolve().parent.parent / "configs" / f"{name}.py"
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return freeze(Config, module.get_config(*([words] if words else [])))
+    return freeze(cls, module.get_config(*([words] if words else [])))
 
 
 def metrics(workdir, stage: str) -> list[dict]:

@@ -1,6 +1,7 @@
 """The built-in tasks: deterministic, disjoint splits, answers that are true."""
 
 import collections
+import dataclasses
 import os
 import re
 import subprocess
@@ -147,3 +148,10 @@ def test_names_objects_and_answers_do_not_collide():
 def test_an_unknown_split_is_an_error_naming_the_allowed_ones(split):
     with pytest.raises(ValueError, match="allowed: train, test"):
         builtin.generate(split, 10, seed=0)
+
+
+def test_without_reasoning_the_same_prompts_are_bare_questions(train):
+    bare = builtin.generate("train", 4000, seed=3, reasoning="none")
+    assert bare[0].messages == ({"role": "user", "content": bare[0].question},)
+    for one, other in zip(train, bare, strict=True):
+        assert dataclasses.replace(one, messages=other.messages) == other

@@ -186,3 +186,19 @@ def test_own_chains_with_a_string_prompt_raise_and_an_unusable_file_too(tmp_path
     path.write_text("[1]\n")
     with pytest.raises(ValueError, match="none of its 1 rows is usable"):
         coldstart.load_examples(str(path))
+
+
+def test_without_blocks_an_example_is_its_twins_response_alone(prompts, examples):
+    bare = coldstart.cold_start_examples(prompts, 0, reasoning="none")
+    for (prompt, text), (other, whole) in zip(bare, examples, strict=True):
+        assert prompt == other and text and whole.endswith(f"<response>{text}</response>")
+
+
+def test_own_examples_without_blocks_are_any_text_but_none(tmp_path, caplog):
+    turn = [{"role": "user", "content": "Why?"}]
+    path = tmp_path / "examples.jsonl"
+    path.write_text("\n".join(json.dumps({"messages": turn, "completion": text})
+                              for text in ("Because.", "  ")))
+    loaded = coldstart.load_examples(str(path), reasoning="none")
+    assert [text for _, text in loaded] == ["Because."]
+    assert "row 1 skipped: completion is empty" in caplog.text

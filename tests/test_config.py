@@ -128,6 +128,19 @@ def test_the_fingerprint_holds_what_changes_the_result_and_no_circumstances():
     assert fingerprint(base, tokenizer="abc") != fingerprint(base, tokenizer="abd")
 
 
+def test_only_a_run_without_blocks_has_reasoning_in_its_fingerprint():
+    """Checkpoints older than the choice are still continued."""
+    assert not [key for key in fingerprint(Config()) if key.endswith("reasoning")]
+    bare = fingerprint(configured(data__reasoning="none", reward__reasoning="none"))
+    assert bare["data.reasoning"] == bare["reward.reasoning"] == "none"
+
+
+def test_what_is_asked_for_must_be_what_is_rewarded():
+    check(configured(data__reasoning="none", reward__reasoning="none"), 8)
+    with pytest.raises(ConfigError, match="data.reasoning='none', reward.reasoning='tagged'"):
+        check(configured(data__reasoning="none"), 8)
+
+
 def test_the_number_of_steps_counts_where_the_learning_rate_depends_on_it():
     ten, twenty = (configured(grpo__decay="cosine", grpo__steps=n) for n in (10, 20))
     assert fingerprint(ten) != fingerprint(twenty)

@@ -207,6 +207,9 @@ def test_the_solver_judges_the_last_choice_that_is_named(analyze, level):
         ({"math": "sympy"}, "reward.math='sympy'"),
         ({"rho": math.nan}, "reward.rho is NaN"),
         ({"latency_chars": 0.0}, "must be positive"),
+        ({"reasoning": "tags"}, "reward.reasoning='tags'; allowed: tagged, none"),
+        ({"reasoning": "none", "consistency": "solver"},
+         "reward.consistency='solver' with reward.reasoning='none'"),
     ],
 )
 def test_configs_without_a_meaning_are_refused(fields, reason):
@@ -224,3 +227,19 @@ def test_rows_that_do_not_match_and_unknown_sources_are_refused():
         score([prompt()], [TEXT] * 2, Recorder(), RewardConfig())
     with pytest.raises(ValueError, match="'nope' is unknown"):
         score([prompt("nope")], [TEXT], Recorder(), RewardConfig())
+
+
+def test_without_blocks_the_whole_completion_is_the_response_and_tags_earn_nothing():
+    judge, cfg = Recorder(), RewardConfig(reasoning="none")
+    found = score([prompt()] * 3, ["\n one two three ", " \n", TEXT], judge, cfg)
+    assert [request.response for request in judge.asked] == ["one two three", TEXT]
+    user = 1e-4 + 0.5 + 0.2 * window(3, 20, 500) + 0.3  # nothing to wait for: exp(0)
+    llm = 1e-4 + 0.4 + 0.2 * window(3, 500, 1000)  # no format, no matrix, the same weights
+    assert found.user_welfare_B[0] == pytest.approx(user, abs=1e-12)
+    assert found.llm_welfare_B[0] == pytest.approx(llm, abs=1e-12)
+    assert found.reward_B[0] == pytest.approx(math.sqrt(user * llm), abs=1e-12)
+    assert found.reward_B[1] == found.user_welfare_B[1] == found.llm_welfare_B[1] == 0.0
+    for name in ("format", "matrix_quality", "consistency"):
+        assert found.factors[name].tolist() == [0.0] * 3
+    assert found.valid_B.all() and not found.parsed_B.any() and found.pareto == [()] * 3
+    assert np.isnan(found.game["recommended"]).all()

@@ -89,6 +89,21 @@ def test_our_instruction_keeps_the_conversation_before_the_last_question(tmp_pat
     assert prompt.messages[3]["content"] == f"{chain.INSTRUCTION}\n\nA sum."
 
 
+def test_without_reasoning_a_question_stands_under_a_text_that_knows_no_blocks(tmp_path):
+    history = [{"role": "user", "content": "Help me."}, {"role": "assistant", "content": "How?"},
+               {"role": "user", "content": "A sum."}]
+    rows = [row(), row(extra_info={"single_turn_prompt": "1 + 1?", "chat_history": history})]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    bare, chat = load_prompts(jsonl_config(path, instruction="ours", reasoning="none"), "train")
+    system = {"role": "system", "content": chain.PLAIN_SYSTEM}
+    assert bare.messages == (system, {"role": "user", "content": "Who?"})
+    assert chat.messages == (system, *history)
+    for name in (*chain.BLOCKS, *chain.KEYS, "<"):
+        assert name not in chain.PLAIN_SYSTEM
+    with pytest.raises(ValueError, match="set data.instruction = 'ours'"):
+        load_prompts(jsonl_config(path, reasoning="none"), "train")
+
+
 def test_without_extra_info_the_question_is_the_last_message(tmp_path):
     bare = row()
     del bare["extra_info"]
@@ -181,6 +196,7 @@ def test_files_without_a_usable_row_or_missing_files_are_errors(tmp_path):
     ("changes", "message"),
     [
         ({"source": "csv"}, "data.source = 'csv'; allowed: builtin, parquet, jsonl, hub"),
+        ({"reasoning": "some"}, "data.reasoning = 'some'; allowed: tagged, none"),
         ({"instruction": "mine"}, "data.instruction = 'mine'; allowed: as_given, ours"),
     ],
 )

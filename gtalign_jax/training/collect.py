@@ -202,7 +202,8 @@ def summarise(experience: Experience) -> dict[str, float]:
         "rollout/wasted_slots": 1 - float(lengths_B.sum()) / max(experience.slots, 1),
         "rollout/response_tokens": mean(experience.response_lengths_B, valid),
         "rollout/response_words": mean(
-            [len((chain.response or "").split()) for chain in scores.chains], parsed
+            [len((chain.response or "").split()) for chain in scores.chains],
+            valid & np.array([chain.error is None for chain in scores.chains], bool),
         ),
     }
     out |= {f"reward/{name}": mean(values, valid) for name, values in scores.factors.items()}
