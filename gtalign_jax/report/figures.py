@@ -107,12 +107,12 @@ def _heat_maps(name: str, label: str, cells_NUAP: np.ndarray, left_out: int,
     ):
         _heat_map(axes, values_UA, ends, form)
         ink.says(axes, y=what)
-    caption = (f"Means over {len(cells_NUAP)} payoff matrices that completions wrote. Rows: vague "
-               "(VQ) or detailed (DQ) question; columns: direct answer (DA), clarifying question "
-               "(CQ), answer and follow-up question (AQ). Colours of payoffs: from "
+    caption = (f"Means over the payoff matrices that completions wrote ({len(cells_NUAP)}). Rows: "
+               "vague (VQ) or detailed (DQ) question; columns: direct answer (DA), clarifying "
+               "question (CQ), answer and follow-up question (AQ). Colours of payoffs: from "
                f"{limits[0]:.2f} (dark) to {limits[1]:.2f} (bright) in all labels.")
     if left_out:
-        caption += f" {left_out} matrices with numbers beyond ±{LARGEST:g} are left out."
+        caption += f" Left out for numbers beyond ±{LARGEST:g}: {left_out}."
     title = f"Payoffs, {ink.short(label)}"
     told = "; ".join(
         f"{key} LLM {llm:.2f}, user {user:.2f}, recommended {share:.0%}"
@@ -134,6 +134,7 @@ def _heat_map(axes: Axes, values_UA: np.ndarray, ends: tuple[float, float], form
     ink.quiet(axes)
     axes.grid(False)
     axes.spines["bottom"].set_visible(False)
+    axes.tick_params(labelcolor=ink.INK)
     axes.set(xlim=(0, len(ACTIONS)), ylim=(len(USER_ACTIONS), 0))
     axes.set_xticks(np.arange(len(ACTIONS)) + 0.5, ACTIONS)
     axes.set_yticks(np.arange(len(USER_ACTIONS)) + 0.5, USER_ACTIONS)
