@@ -18,6 +18,7 @@ import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -174,8 +175,8 @@ class MetricsWriter:
     def close(self) -> None:
         if self._lines is not None:
             self._lines.close()
-        for tracker in self._trackers:
-            tracker.close()
+        with ThreadPoolExecutor() as pool:  # each may wait for a network; they do so together
+            list(pool.map(lambda tracker: tracker.close(), self._trackers))
 
 
 class RolloutLog:

@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 WANDB_ROWS_FILE, REPORT_FILE = "wandb.json", "report.html"
+INIT_S = 30.0  # what it may take to answer at all
 FINISH_S = 20.0  # what Weights & Biases may take to send the rest of a run
 _RUN_TAG = "gtalign_jax.run"
 
@@ -34,10 +35,10 @@ class Wandb:
             id=identity, resume="allow", name=name, config=dict(config), dir=str(directory),
             reinit="create_new",
             settings=module.Settings(
-                silent=True, console="off", finish_timeout=FINISH_S, disable_git=True,
-                save_code=False, disable_code=True, x_disable_stats=True,
-                # Host, user and command line are nobody's business, and may hold secrets.
-                x_disable_meta=True, x_disable_machine_info=True, x_save_requirements=False,
+                silent=True, console="off", init_timeout=INIT_S, finish_timeout=FINISH_S,
+                # Machine, user and command line are nobody's business, and may hold secrets.
+                host="", disable_git=True, disable_code=True, save_code=False, x_disable_meta=True,
+                x_disable_machine_info=True, x_disable_stats=True, x_save_requirements=False,
             ),
         )
         # Online the service may know of later rows than a file that came back from a bucket.

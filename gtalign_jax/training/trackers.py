@@ -45,7 +45,14 @@ log = logging.getLogger(__name__)
 WANDB_MODES = ("", "online", "offline")
 TRACKERS_FILE = "trackers.json"
 CLOSE_S = 25.0  # what a run waits at its end for what is still to be sent
+MLFLOW_ENVIRONMENT = {  # what is set there already, stays
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",  # with 7, a dead server is noticed after four minutes
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+}
 QUEUE = 10_000  # rows that may wait to be sent; what comes on top is left out
+
 
 @dataclasses.dataclass(frozen=True)
 class TrackConfig:
@@ -214,6 +221,7 @@ def open_trackers(cfg: TrackConfig, directory: Path, *, name: str, config_json: 
 
 def _load_wandb(cfg: TrackConfig) -> ModuleType:
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # of its own crashes, to its makers
+    os.environ.setdefault("WANDB_SILENT", "true")
     wandb = _load("wandb", f"track.wandb={cfg.wandb!r}")
     if cfg.wandb == "online" and not wandb.login(prompt=False, verify=False):
         raise ValueError(
@@ -224,15 +232,17 @@ def _load_wandb(cfg: TrackConfig) -> ModuleType:
 
 
 def _load_mlflow(cfg: TrackConfig) -> ModuleType:
-    for variable in ("MLFLOW_DISABLE_TELEMETRY", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"):
-        os.environ.setdefault(variable, "true")
+    for variable, value in MLFLOW_ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
     asked = f"track.mlflow={without_credentials(cfg.mlflow)!r}"
     mlflow = _load("mlflow", asked)
     if not cfg.mlflow.startswith("http"):
         for package in ("sqlalchemy", "alembic"):
             _load(package, asked)
-    for name in ("mlflow", "alembic"):  # a new store tells of each of its tables
-        logging.getLogger(name).setLevel(logging.WARNING)
+    # A new store tells of each of its tables, a dead server of each attempt to reach it.
+    for name, level in (("mlflow", "WARNING"), ("alembic", "WARNING"),
+                        ("urllib3.connectionpool", "ERROR")):
+        logging.getLogger(name).setLevel(level)
     return mlflow
 
 
