@@ -26,93 +26,27 @@ The published data have no medium/train.parquet: the test adds `--config.data.tr
 test prompts of that source in its place.
 """
 
-import itertools
 import json
 import math
-import os
 import signal
 import subprocess
-import sys
-import threading
 import time
-import zlib
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import real
+from real import GRADES, SOURCES, TRAIN, JudgeServer, files, make_inputs, rows
 
-from gtalign_jax.data.chat import render_chat
-from gtalign_jax.data.sources import DataConfig, load_prompts
-from gtalign_jax.data.tokenizer import train_tokenizer
 from gtalign_jax.game import chain as chain_lib
-from gtalign_jax.game.chain import KEYS, render
 from gtalign_jax.reward import math_equal
 from gtalign_jax.reward.factors import NAMES as FACTORS
 from gtalign_jax.training import plots
 
-ROOT = Path(__file__).resolve().parent.parent
-# The small source counts ten times, as the 24 prompts that are drawn must hold all four.
-TRAIN = ("math-hard/train", "ambig_qa/train", "wildguard/train", *["medium/test"] * 10)
-TEST = ("math-hard/test", "ambig_qa/test", "wildguard/test", "medium/test")
-CHAINS = 200
-SOURCES = {name.split("/")[0] for name in TEST}
-GRADES = {  # what the judge is offered for each source -> the grades it gives here
-    "0, 1": ("0", "1"),
-    "a number from 0 to 4": ("1.5", "3"),
-    "0, 0.5, 1": ("0.5", "1"),
-}
-
-
-class JudgeServer(ThreadingHTTPServer):
-    """Speaks the OpenAI chat protocol; its grade is a function of the text that it is shown."""
-
-    daemon_threads = True
-    request_queue_size = 64
-
-    def __init__(self):
-        self.lock = threading.Lock()
-        self.asked: list[str] = []
-        super().__init__(("127.0.0.1", 0), _JudgeHandler)
-        self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
-
-    def handle_error(self, request, client_address):
-        """A client that is killed in the middle of a request is part of the test."""
-
-
-class _JudgeHandler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *args):
-        """Silence."""
-
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        text = body["messages"][-1]["content"]
-        with self.server.lock:
-            self.server.asked.append(text)
-        grades = GRADES[text.rpartition("Possible grades: ")[2].rstrip(".")]
-        grade = grades[zlib.crc32(text.encode()) % len(grades)]
-        message = {"role": "assistant", "content": f"By rule.\n<verdict>{grade}</verdict>"}
-        reply = json.dumps({
-            "id": "1", "object": "chat.completion", "created": 0, "model": body["model"],
-            "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
-        }).encode()
-        self.send_response(200 if self.path == "/v1/chat/completions" else 404)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(reply)))
-        self.end_headers()
-        self.wfile.write(reply)
-
 
 @pytest.fixture
 def judge():
-    server = JudgeServer()
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join(10)
+    with real.serving() as server:
+        yield server
 
 
 SETTINGS = {
@@ -128,76 +62,15 @@ SETTINGS = {
 }  # fmt: skip
 
 
-def files(data: Path, names: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(str(data / f"{name}.parquet") for name in names)
-
-
-RESPONSES = {
-    "math-hard": ("The answer is $\\boxed{5}$.", "Thus $\\boxed{3}$."),
-    "ambig_qa": ("Which one do you mean?", "It is the first."),
-    "wildguard": ("I cannot help with that, but here is a safer way.", "No."),
-    "medium": ("It is a good idea, and here is why.", "Which story do you want?"),
-}
-
-
-def chains(prompts) -> list[tuple]:
-    """(prompt, completion): every source has two responses, all have the same matrix."""
-    payoff = {key: {"LLM": 1, "user": 2} for key in KEYS} | {"DQ_DA": {"LLM": 4, "user": 3}}
-    chosen = []
-    for source, responses in RESPONSES.items():
-        rows = [prompt for prompt in prompts if prompt.data_source == source][:CHAINS // 4]
-        for prompt, response in zip(rows, itertools.cycle(responses), strict=False):
-            chosen.append((prompt, render("Let us see.", payoff, "DQ_DA is best.", response)))
-    return chosen
-
-
-def make_inputs(folder: Path, data: Path) -> None:
-    """MODEL, a random Qwen2 directory with its own tokenizer, and CHAINS, the cold start."""
-    import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    prompts = load_prompts(DataConfig(source="parquet", train=files(data, TRAIN)), "train")
-    examples = chains(prompts)
-    with open(folder / "chains.jsonl", "w", encoding="utf-8") as out:
-        for prompt, text in examples:
-            out.write(json.dumps({"messages": prompt.messages, "completion": text}) + "\n")
-    bare = train_tokenizer([], 300, chain_pieces=False)
-    corpus = [render_chat(bare, prompt.messages) for prompt in prompts[::30]]
-    corpus += [text for _, text in examples]
-    # transformers cuts text its own way beside a Qwen2 model: no chain pieces.
-    train_tokenizer(corpus, 4096, folder / "model", chain_pieces=False)
-    torch.manual_seed(0)
-    Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=4160, hidden_size=64, intermediate_size=128,
-        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=2048, tie_word_embeddings=True, initializer_range=0.1,
-    )).save_pretrained(folder / "model")
-
-
 def start(folder: Path, data: Path, judge: JudgeServer, log: Path) -> subprocess.Popen:
-    """The run as a user starts it, on one device; what it prints goes to `log`."""
     settings = SETTINGS | {
         "workdir": folder / "run",
         "model.path": folder / "model",
         "sft.examples": folder / "chains.jsonl",
         "data.train": files(data, TRAIN),
     }
-    command = [sys.executable, "-m", "gtalign_jax.main", "--config=configs/tpu_v4.py:all"]
-    command += [f"--config.{key}={value}" for key, value in settings.items()]
-    variables = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    variables |= {"GTALIGN_DATA": str(data), "GTALIGN_JUDGE_URL": judge.url,
-                  "GTALIGN_JUDGE_MODEL": "grader", "TRANSFORMERS_VERBOSITY": "error",
-                  # The second run need not compile again what the first one did.
-                  "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
-    with open(log, "wb") as out:
-        return subprocess.Popen(command, cwd=ROOT, env=variables, stdout=out, stderr=out)
-
-
-def rows(path: Path) -> list[dict]:
-    """The complete lines of a JSONL file, none where there is no file yet."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
+    flags = {f"config.{key}": value for key, value in settings.items()}
+    return real.start("gtalign_jax.main", "configs/tpu_v4.py:all", flags, folder, data, judge, log)
 
 
 def steps_of(run: Path, stage: str) -> list[int]:
