@@ -1,6 +1,7 @@
 """What a directory of a run or of an evaluation holds, read into memory once.
 
-    config.json run_info.json metrics.jsonl rollouts.jsonl evaluations.jsonl  ->  RunData
+    config.json run_info.json metrics.jsonl rollouts.jsonl evaluations.jsonl
+    comparison.json  ->  RunData
 
 A file that is absent is None or empty: a run may be still going, or have had no such stage. One
 that is there and cannot be read is an error that names file and line; only half a last line, which
@@ -20,10 +21,12 @@ from gtalign_jax.evaluation.measures import by_label
 from gtalign_jax.training.metrics import METRICS_FILE, ROLLOUTS_FILE
 from gtalign_jax.training.plots import AFTER, BEFORE, COLD_START
 
+COMPARISON_FILE = "comparison.json"
 CONFIG_FILE, RUN_INFO_FILE = "config.json", "run_info.json"
 
 TEXTS = ("prompt", "question", "ground_truth", "completion", "judge_reply", "consistency_reply")
 FREE = ("rule", "given", "solver")  # notes in place of a reply, of those who cost nothing
+OF_COMPARISON = ("first", "differences", "by_source", "basic_compare", "coverage_spread")
 OF_METRICS = ("stage", "step")
 OF_ROW = (
     "id", "data_source", "sample", "question", "ground_truth", "completion", "tokens",
@@ -48,6 +51,7 @@ class RunData:
       metrics: rows of metrics.jsonl.
       rollouts: rows of rollouts.jsonl without `TEXTS`; `payoff` is {} where there was a matrix.
       groups: {label: rows} of evaluations.jsonl, in the order in which a run evaluates.
+      comparison: comparison.json, what an evaluation against a baseline found.
     Rows of completions have besides `replies`, see there.
     """
 
@@ -57,6 +61,7 @@ class RunData:
     metrics: Sequence[Mapping[str, Any]]
     rollouts: Sequence[Mapping[str, Any]]
     groups: Mapping[str, Sequence[Mapping[str, Any]]]
+    comparison: Mapping[str, Any] | None
 
 
 def load(directory: Path) -> RunData:
@@ -85,6 +90,7 @@ def load(directory: Path) -> RunData:
         metrics=metrics,
         rollouts=rollouts,
         groups={label: groups[label] for label in sorted(groups, key=_when)},
+        comparison=_comparison(directory / COMPARISON_FILE),
     )
 
 
@@ -134,6 +140,14 @@ def _object(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     return _parsed(path.read_bytes(), str(path))
+
+
+def _comparison(path: Path) -> dict[str, Any] | None:
+    found = _object(path)
+    absent = [key for key in OF_COMPARISON if found is not None and key not in found]
+    if absent:
+        raise ReportError(f"{path} has no {absent[0]!r}; it needs {', '.join(OF_COMPARISON)}")
+    return found
 
 
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

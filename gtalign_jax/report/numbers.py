@@ -30,6 +30,9 @@ Row = Mapping[str, Any]
 EPS = 0.05  # slack of dominance and coverage, as in the paper's comparison
 SIGNIFICANT = 0.05
 MOST_LABELS = 5  # side by side in a table
+OF_PAIR = (
+    "on_joint_frontier", "epsilon_coverage", "avg_regret_Linf", "hypervolume_exact", "NSW_avg",
+)  # fmt: skip
 OF_SOURCE = ("social_welfare", "user_welfare", "llm_welfare")  # differences by source, too
 
 
@@ -57,6 +60,7 @@ def gather(data: RunData) -> tuple[dict[str, Any], dict[str, Estimates]]:
         "actions": {label: action_table(rows) for label, rows in data.groups.items()},
         "paired": pair,
         "pareto": _pareto(data.groups[before], data.groups[after]) if before else None,
+        "against": None if before else _against(data),
         "progress": progress(data),
         "cost": cost(data),
     }, found
@@ -111,10 +115,10 @@ def _pair(data: RunData, before: str, after: str) -> dict[str, Any] | None:
     if not shared:
         return None
     matching = paired.match(*sides, [m.name for m in measures])
-    sources = sorted(set(matching.sources))
-    by_source = {} if len(sources) < 2 else {
-        source: _assessed(matching.of_source(source), OF_SOURCE) for source in sources
-    }
+    held = [m.name for m in measures if matching.complete_B([m.name]).any()]
+    own = [name for name in OF_SOURCE if name in held]
+    found = {OVERALL: paired.assess(matching.select(held)) if held else {}}
+    found |= paired.assess_by_source(matching.select(own)) if own else {}
     return {
         "pairs": len(matching.ids),
         "prompts": len(set(matching.ids)),
@@ -122,7 +126,8 @@ def _pair(data: RunData, before: str, after: str) -> dict[str, Any] | None:
         "only_after": len(matching.only_second),
         "samples_unmatched": matching.samples_unmatched,
         "differences": {
-            OVERALL: _assessed(matching, [m.name for m in measures]), **by_source,
+            source: {name: finite(dataclasses.asdict(d)) for name, d in part.items()}
+            for source, part in found.items()
         },
     }
 
@@ -144,33 +149,32 @@ def _values(row: Row, measures: Sequence[Measure]) -> dict[str, Any]:
     }
 
 
-def _assessed(matching: paired.Matching, names: Sequence[str]) -> dict[str, Any]:
-    """{measure: its paired difference} of those that some pair has on both sides."""
-    at = [i for i, name in enumerate(matching.measures)
-          if name in names and matching.complete_B([name]).any()]
-    if not at:
-        return {}
-    chosen = dataclasses.replace(
-        matching, measures=tuple(matching.measures[i] for i in at),
-        first_MB=matching.first_MB[at], second_MB=matching.second_MB[at],
-    )
-    found = paired.assess(chosen)
-    return {name: finite(dataclasses.asdict(found[name])) for name in chosen.measures}
-
-
 def _pareto(first: Sequence[Row], second: Sequence[Row]) -> dict[str, Any] | None:
     """The Pareto measures of the pairs that were judged on both sides; None without one."""
-    matching = paired.match(first, second, ("user_welfare", "llm_welfare")) if (
-        {row["id"] for row in first} & {row["id"] for row in second}
-    ) else None
-    if matching is None:
+    if not {row["id"] for row in first} & {row["id"] for row in second}:
         return None
+    matching = paired.match(first, second, ("user_welfare", "llm_welfare"))
     both_B = matching.complete_B(("user_welfare", "llm_welfare"))
     if not both_B.any():
         return None
     points = [np.stack([x[0, both_B], x[1, both_B]], axis=1)
               for x in (matching.first_MB, matching.second_MB)]
     return finite(pareto.compare(*points, EPS))
+
+
+def _against(data: RunData) -> dict[str, Any] | None:
+    """What comparison.json says of a baseline whose completions are in a file of its own."""
+    found = data.comparison
+    if found is None:
+        return None
+    file, label = found["first"]["file"], found["first"]["label"]
+    return {
+        "name": label or file.replace("\\", "/").rsplit("/", 1)[-1],
+        "differences": {OVERALL: found["differences"], **found["by_source"]},
+        "pareto": {
+            key: found[key] for key in (*OF_PAIR, "basic_compare", "coverage_spread", "epsilon")
+        },
+    }
 
 
 def progress(data: RunData) -> dict[str, Any]:

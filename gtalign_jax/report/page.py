@@ -69,7 +69,7 @@ def compose(data: RunData) -> Report:
             "measures": page_tables.measures(found),
             "sources": page_tables.by_source(found),
             "actions": page_tables.actions(found),
-            "pareto": page_tables.pareto(found),
+            "pareto": page_tables.pareto(found) + page_tables.against(found),
             "cost": page_tables.cost(found),
         },
         pictures=sections,

@@ -8,9 +8,11 @@ no table says anything by colour alone. The HTML is made of these by the templat
 
 import dataclasses
 import itertools
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from gtalign_jax.evaluation import pareto as pareto_lib
 from gtalign_jax.evaluation.measures import BY_NAME, MEASURES, OVERALL, Measure
 from gtalign_jax.evaluation.tables import BY_SOURCE
 from gtalign_jax.report import words
@@ -148,10 +150,33 @@ PARETO = (  # key of pareto.compare, label, form, scale, better
 
 def pareto(numbers: Numbers) -> list[Table]:
     """Both policies as clouds of (user, LLM) welfare on the same prompts."""
-    found = numbers["pareto"]
-    if found is None:
+    if numbers["pareto"] is None:
         return []
     before, after = numbers["labels"]["before"], numbers["labels"]["after"]
+    return [_pareto(numbers["pareto"], before, after)]
+
+
+def against(numbers: Numbers) -> list[Table]:
+    """The same, and the differences, against a baseline that only comparison.json knows."""
+    found = numbers["against"]
+    if found is None:
+        return []
+    rows = []
+    for source, part in found["differences"].items():
+        for name, d in part.items():
+            measure = BY_NAME.get(name) or Measure(name, name, "{:.3f}", operator.itemgetter(name))
+            cells = [Cell(measure.shown(d["first"])), Cell(measure.shown(d["second"])),
+                     difference(measure, d)]
+            rows.append(((source, words.named(measure)), cells))
+    columns = [found["name"], numbers["labels"]["after"]]
+    return [
+        Table("against", f"Against “{found['name']}”", [*columns, "change"], rows,
+              "Paired differences on the same prompts, p-values Holm-adjusted."),
+        _pareto(found["pareto"], *columns),
+    ]
+
+
+def _pareto(found: Mapping[str, Any], before: str, after: str) -> Table:
     counts, total = found["basic_compare"], found["basic_compare"]["common_count"]
     rows = [(("better for one side, for no side worse",), [
         Cell(f"{counts[key] / total:.1%}", f"{counts[key]:,} of {total:,}")
@@ -159,12 +184,12 @@ def pareto(numbers: Numbers) -> list[Table]:
     ])]
     rows += [
         ((f"{label} ({better} is better)",),
-         [Cell(form.format(found[key][side] * scale)) for side in ("file1", "file2")])
+         [Cell(form.format(found[key][side] * scale)) for side in pareto_lib.SIDES])
         for key, label, form, scale, better in PARETO
     ]
     rows += [
         ((f"{who}'s range covered",),
-         [Cell(f"{found['coverage_spread'][side][key]:.1%}") for side in ("file1", "file2")])
+         [Cell(f"{found['coverage_spread'][side][key]:.1%}") for side in pareto_lib.SIDES])
         for who, key in (("user", "u_cov"), ("LLM", "l_cov"))
     ]
     note = (
@@ -172,7 +197,7 @@ def pareto(numbers: Numbers) -> list[Table]:
         f"{counts['equal']:,} pairs are equal, {counts['incomparable']:,} are neither better nor "
         "worse."
     )
-    return [Table("pareto", "Pareto measures of the pair", [before, after], rows, note)]
+    return Table("pareto", "Pareto measures of the pair", [before, after], rows, note)
 
 
 def cost(numbers: Numbers) -> list[Table]:

@@ -108,7 +108,8 @@ def _evaluated(numbers: Numbers) -> list[str]:
         f"from {count(len(sources), 'source')}"
     )
     if before is None:
-        return [f"{text}; there is no other evaluation to compare it with."]
+        return [f"{text}." if numbers["against"] else
+                f"{text}; there is no other evaluation to compare it with."]
     return [f"{text}, and is compared with “{before}”."]
 
 
@@ -121,7 +122,7 @@ def _verdict(numbers: Numbers) -> list[str]:
     if now.get("value") is None:
         return [f"No completion of “{after}” has a score, so nothing can be said."]
     if before is None:
-        return [f"Social welfare √(U·L) is {_with_interval(measure, now)}."]
+        return [f"Social welfare √(U·L) is {_with_interval(measure, now)}.", *_against(numbers)]
     found = _difference(numbers, measure.name)
     if found is None:
         return [f"Social welfare √(U·L) is {_with_interval(measure, now)}; no prompt was judged on "
@@ -136,6 +137,19 @@ def _verdict(numbers: Numbers) -> list[str]:
         f"{count(found['pairs'], 'prompt')}, {luck} ({p_text(found['p_adjusted'])} after "
         "adjustment for all measures)."
     ]
+
+
+def _against(numbers: Numbers) -> list[str]:
+    """What a baseline of a file of its own is worse or better at."""
+    if numbers["against"] is None:
+        return []
+    name, found = numbers["against"]["name"], numbers["against"]["differences"][OVERALL]
+    said = [
+        f"{named(measure)} {_change_with_interval(measure, d)} "
+        f"({direction(measure, d) or 'may be chance'}, {p_text(d['p_adjusted'])})"
+        for key, d in found.items() if (measure := BY_NAME.get(key)) is not None
+    ]
+    return [f"Against “{name}”: {'; '.join(said)}."] if said else []
 
 
 def _for_whom(numbers: Numbers) -> list[str]:
