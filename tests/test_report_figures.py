@@ -147,7 +147,7 @@ def test_the_same_numbers_give_the_same_bytes(pictures):
 def test_pngs_are_light_and_as_wide_as_150_dots_per_inch_make_them(pictures):
     for picture in pictures:
         pixels = imread(io.BytesIO(picture.png))
-        assert pixels.shape[1] == 690
+        assert pixels.shape[1] == 630
         assert np.all(pixels[-1, -1] == 1)
 
 

@@ -44,7 +44,7 @@ LENGTHS = (
 def payoff_heat_maps(groups: Mapping[str, Sequence[Matrix]]) -> list[Picture]:
     """Per label the mean payoff matrix of each side, and how often each cell is recommended.
 
-    The colours of payoffs mean the same in all labels; shares run from 0 to 100 %.
+    The colours of payoffs mean the same in all labels; shares run from 0 to 100%.
     """
     found = {label: _cells(matrices) for label, matrices in groups.items()}
     means = {label: cells_NUAP.mean(axis=0) for label, cells_NUAP in found.items()
@@ -162,7 +162,7 @@ def _histogram(name: str, title: str, what: str, values: Mapping[str, np.ndarray
                   markeredgecolor=ink.PAPER, clip_on=False, zorder=5)
         handles.append(Line2D([], [], color=look.color, linestyle=look.dash, marker=look.marker,
                               markersize=6, linewidth=2))
-        labels.append(f"{ink.short(label, 30)}, mean {numbers.mean():.1f}")
+        labels.append(f"{ink.short(label, 26)}, mean {numbers.mean():.1f}")
         told.append(f"{ink.short(label)}: mean {numbers.mean():.1f}, from {numbers.min():g} to "
                     f"{numbers.max():g}, {len(numbers)} completions")
     axes.set_ylim(bottom=0)

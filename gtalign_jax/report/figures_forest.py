@@ -32,7 +32,7 @@ def forest(name: str, title: str, rows: Sequence[ForestRow], *, caption: str = "
     ink.quiet(axes, grid="x")
     y = 0.0
     for label in labels:
-        axes.text(0, y, ink.short(label, 48), transform=axes.get_yaxis_transform(), va="center",
+        axes.text(0, y, ink.short(label, 42), transform=axes.get_yaxis_transform(), va="center",
                   fontsize=ink.TEXT, color=ink.INK, clip_on=False).set_in_layout(False)
         y += 0.5 * (HEADING + LINE)
         for _, group, value, low, high in (row for row in kept if row[0] == label):
@@ -66,7 +66,7 @@ def forest(name: str, title: str, rows: Sequence[ForestRow], *, caption: str = "
 
 
 def measure_bars(groups: Mapping[str, Mapping[str, Estimate]], measures: Sequence[Measure],
-                 name: str = "measures", title: str = "Measures with 95 % intervals",
+                 name: str = "measures", title: str = "Measures with 95% intervals",
                  ) -> Picture | None:
     """A line per measure and label; the measures should be of one unit.
 
@@ -102,4 +102,4 @@ def source_bars(groups: Mapping[str, Mapping[str, Mapping[str, Estimate]]], meas
                   caption=_INTERVALS, form=measure.form, scale=measure.scale)
 
 
-_INTERVALS = "Lines: 95 % bootstrap intervals over prompts."
+_INTERVALS = "Lines: 95% bootstrap intervals over prompts."

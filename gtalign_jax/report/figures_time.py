@@ -53,7 +53,7 @@ class Curve:
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-    """One picture of curves that share an axis; `share`: it runs from 0 to 100 %."""
+    """One picture of curves that share an axis; `share`: it runs from 0 to 100%."""
 
     name: str
     title: str
@@ -219,10 +219,10 @@ def _curves(panel: Panel, found: Sequence[Mapping[str, Estimate]],
 def _caption(pools: Sequence[Sequence[int]], has_rows: bool, has_marks: bool) -> str:
     parts = ["Means over training completions."]
     if has_rows:
-        parts.append("Bands: 95 % bootstrap intervals over prompts.")
+        parts.append("Bands: 95% bootstrap intervals over prompts.")
     parts.append(_pooling(pools))
     if has_marks:
-        parts.append("Hollow marks: held-out prompts, with 95 % intervals.")
+        parts.append("Hollow marks: held-out prompts, with 95% intervals.")
     return " ".join(filter(None, parts))
 
 
@@ -298,11 +298,11 @@ def _spread(rows: Sequence[Row], pools: Sequence[Sequence[int]]) -> Picture | No
     handles = [Line2D([], [], color=color, linewidth=2, marker="D", markersize=4.5),
                Patch(color=color, alpha=0.42, linewidth=0), Patch(color=color, alpha=0.14,
                                                                   linewidth=0)]
-    ink.legend(figure, handles, ["median", "25–75 %", "10–90 %"])
+    ink.legend(figure, handles, ["median", "25–75%", "10–90%"])
     title = "Spread of social welfare over completions"
     caption = f"Quantiles over the training completions of a step. {_pooling(pools)}".strip()
     alt = (f"{title}: the median goes from {middle[0]:.3g} to {middle[-1]:.3g}, the range from "
-           f"10 % to 90 % is {lowest[0]:.3g} to {highest[0]:.3g} at first and {lowest[-1]:.3g} to "
+           f"10% to 90% is {lowest[0]:.3g} to {highest[0]:.3g} at first and {lowest[-1]:.3g} to "
            f"{highest[-1]:.3g} at last.")
     return ink.draw("welfare_spread", title, caption, alt, figure)
 

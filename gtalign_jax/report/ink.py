@@ -41,9 +41,9 @@ PALETTE = {  # what a colour stands for, where it always stands for the same
     "constructive": GREEN, "none": YELLOW, "unreadable": MUTED,
 }  # fmt: skip
 
-WIDTH, HEIGHT = 4.6, 3.4  # inches: text of 10 points stays readable 360 pixels wide
-TEXT, SMALL = 10.5, 9.5  # points
-LINE = 0.2  # inches that a line of small text takes
+WIDTH, HEIGHT = 4.2, 3.2  # inches: 316 pixels, as wide as a phone has room for, scale by 1.05
+TEXT, SMALL = 11, 10  # points
+LINE = 0.21  # inches that a line of small text takes
 FONTS = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Noto Sans', 'DejaVu Sans', sans-serif"
 
 _SVG, _XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
@@ -168,7 +168,7 @@ def legend(figure: Figure, handles: Sequence[Artist], labels: Sequence[str]) -> 
     )  # fmt: skip
 
 
-def short(text: object, limit: int = 40) -> str:
+def short(text: object, limit: int = 38) -> str:
     """`text` on one line and at most `limit` columns wide, its middle left out where needed.
 
     Characters that XML or a font cannot bear (controls, halves of surrogate pairs) become spaces.
@@ -206,7 +206,7 @@ def draw(name: str, title: str, caption: str, alt: str, figure: Figure) -> Pictu
         empty = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(svg, format="svg", facecolor="none", metadata=empty)
         png = io.BytesIO()
-        lines = textwrap.wrap(title, 46)
+        lines = textwrap.wrap(title, 36)
         figure.set_figheight(figure.get_figheight() + 0.22 * len(lines))
         figure.suptitle("\n".join(lines), x=0.02, ha="left", color=INK, fontsize=TEXT + 1,
                         fontweight="bold").set_parse_math(False)
