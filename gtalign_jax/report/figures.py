@@ -113,7 +113,7 @@ def _heat_maps(name: str, label: str, cells_NUAP: np.ndarray, left_out: int,
                f"{limits[0]:.2f} (dark) to {limits[1]:.2f} (bright) in all labels.")
     if left_out:
         caption += f" Left out for numbers beyond ±{LARGEST:g}: {left_out}."
-    title = f"Payoffs, {ink.short(label)}"
+    title = f"Payoffs, {ink.short(label, 26)}"
     told = "; ".join(
         f"{key} LLM {llm:.2f}, user {user:.2f}, recommended {share:.0%}"
         for key, (llm, user), share in zip(KEYS, mean_UAP.reshape(-1, 2), share_UA.reshape(-1),

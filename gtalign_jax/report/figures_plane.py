@@ -53,9 +53,11 @@ def welfare_plane(groups: Mapping[str, Any], name: str = "welfare_plane",
                     f"{mean[1]:.3f}, {len(stairs)} completions on the frontier of {len(cloud)}")
     for i, cloud in enumerate(clouds.values()):  # above all clouds
         if len(cloud):
-            axes.plot(*cloud.mean(axis=0)[:, None], "X", color=ink.style(i).color, markersize=13,
-                      markeredgecolor=ink.PAPER, markeredgewidth=1.6, zorder=6)
-    handles.append(Line2D([], [], linestyle="none", marker="X", color=ink.MUTED, markersize=10))
+            look = ink.style(i)
+            axes.plot(*cloud.mean(axis=0)[:, None], look.marker, color=look.color, markersize=11,
+                      markeredgecolor=ink.INK, markeredgewidth=2, zorder=6)
+    handles.append(Line2D([], [], linestyle="none", marker="o", color="none", markersize=9,
+                          markeredgecolor=ink.INK, markeredgewidth=2))
     labels.append("mean")
     ink.legend(figure, handles, labels)
     caption = ("Each mark stands for the completions of one spot (0.01 wide), its area for their "
