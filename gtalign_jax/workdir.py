@@ -137,11 +137,15 @@ class Files:
             name = self._name(file)
             if file.name.startswith(".") or not file.is_file():
                 continue
-            state = _state(file)
-            if self._sent.get(file) != state:
-                what = f"sending {file} to {self._url}/{name}"
-                _persist(what, self._fs.put_file, str(file), f"{self._root}/{name}")
-                self._sent[file] = state
+            try:
+                state = _state(file)
+                if self._sent.get(file) != state:
+                    what = f"sending {file} to {self._url}/{name}"
+                    _persist(what, self._fs.put_file, str(file), f"{self._root}/{name}")
+                    self._sent[file] = state
+            except (FileNotFoundError, TransferError):
+                if file.exists():  # else it was a tracker's own, and is gone again
+                    raise
 
     def _name(self, file: Path) -> str:
         return file.relative_to(self.directory).as_posix()
