@@ -2,10 +2,14 @@
 
 import dataclasses
 import json
+import os
+import signal
 
 import jax
 import numpy as np
+import pytest
 import runs
+from tracked import as_tracked, mlflow_run, wandb_rows
 
 from gtalign_jax import run, session
 from gtalign_jax.config import Config
@@ -15,6 +19,8 @@ from gtalign_jax.evaluation.evaluate import save_rows
 from gtalign_jax.export import restore_policy
 from gtalign_jax.model.hf import load_config, load_params
 from gtalign_jax.model.load import model_config
+from gtalign_jax.pod.notice import Preempted
+from gtalign_jax.training import collect, plots, trainer
 
 
 def test_a_policy_evaluated_anew_replaces_its_rows_and_no_others(tmp_path):
@@ -63,3 +69,60 @@ def test_results_of_other_held_out_prompts_are_not_taken_for_these(tmp_path):
     path.write_text(json.dumps({"after GRPO": {"reward/total": 0.9}, **fewer}))
     again = run.run(runs.config(tmp_path, stages=("evaluate",), evaluate__prompts=6))
     assert set(again) == {"as given"}
+
+
+@pytest.mark.slow
+def test_an_evaluation_owed_when_the_run_was_told_to_end_is_made_once(tmp_path, monkeypatch):
+    """Every second step is evaluated once, though it has four updates of two micro-batches each;
+    also the one that SIGTERM saved. Trackers see one run all the while."""
+    monkeypatch.setattr(collect, "decode", runs.fluent)
+    labels, evaluate_policy, check = [], run.evaluate_policy, trainer._check_finite
+
+    def counted(session, params, label):
+        labels.append(label)
+        return evaluate_policy(session, params, label)
+
+    def told(stage, step, metrics):
+        check(stage, step, metrics)
+        if step == 2 and len(labels) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def config(name):
+        return runs.config(
+            tmp_path / name, stages=("grpo", "evaluate"), evaluate__every_steps=2,
+            evaluate__temperature=1.0, checkpoint__every=5, grpo__steps=3,
+            grpo__prompts_per_step=32, grpo__minibatches=2, grpo__epochs=2,
+            grpo__micro_batch_prompts=1, grpo__beta=0.0,
+            grpo__reference=False, grpo__old_logp="sampler", rollout__max_new_tokens=8,
+            track__wandb="offline", track__mlflow=str(tmp_path / "mlflow"),
+        )
+
+    monkeypatch.setattr(run, "evaluate_policy", counted)
+    whole = run.run(config("whole"))
+    expected = [plots.BEFORE, "step 2", plots.AFTER]
+    assert labels == expected
+    labels.clear()
+    monkeypatch.setattr(trainer, "_check_finite", told)
+    with pytest.raises(Preempted, match="saved up to step 2"):
+        run.run(config("told"))
+    assert labels == [plots.BEFORE] and runs.metrics(tmp_path / "told", "evaluate") == []
+    assert run.run(config("told")) == whole
+    assert labels == expected
+
+    for stage in ("grpo", "evaluate"):
+        rows = runs.metrics(tmp_path / "told", stage)
+        assert runs.repeatable(rows) == runs.repeatable(runs.metrics(tmp_path / "whole", stage))
+    assert [row["step"] for row in rows] == [2]
+    assert runs.rows(tmp_path / "told", "evaluations.jsonl") == runs.rows(
+        tmp_path / "whole", "evaluations.jsonl")
+
+    rows = runs.rows(tmp_path / "told", "metrics.jsonl")
+    seen = wandb_rows(tmp_path / "told")
+    assert len(seen) == len(rows) == 4
+    for row, there in zip(rows, seen, strict=True):
+        assert as_tracked(row).items() <= there.items()
+    _, found = mlflow_run(tmp_path / "mlflow", "told")
+    assert as_tracked(rows[-1]).items() <= found.data.metrics.items()
+    assert found.data.metrics["results/after GRPO/reward/total"] == whole["after GRPO"][
+        "reward/total"]
+    assert found.info.status == "FINISHED" and found.data.params["model.d_model"] == "32"
