@@ -15,9 +15,12 @@ import logging
 
 import jax
 
-from gtalign_jax import export
+from gtalign_jax import export, report
 from gtalign_jax.config import Config
 from gtalign_jax.data.chat import encode_chats, encode_completion
+from gtalign_jax.evaluation import tables
+from gtalign_jax.evaluation.evaluate import EVALUATIONS_FILE
+from gtalign_jax.evaluation.measures import by_label
 from gtalign_jax.model import load
 from gtalign_jax.model.spec import Params
 from gtalign_jax.pod import exchange
@@ -27,7 +30,7 @@ from gtalign_jax.pod.watch import Watch
 from gtalign_jax.session import Bench, Session, examples, open_session
 from gtalign_jax.training import plots
 from gtalign_jax.training.checkpoint import Checkpointer
-from gtalign_jax.training.metrics import RolloutLog
+from gtalign_jax.training.metrics import RolloutLog, read_rows
 from gtalign_jax.training.sft import ExampleSet
 from gtalign_jax.training.state import (
     OptimizerConfig,
@@ -164,7 +167,8 @@ def _past_results(session: Session) -> dict[str, dict[str, float]]:
                       sort_keys=True, default=str)
     digest, mark = hashlib.sha256(text.encode()).hexdigest(), workdir / "results.digest"
     if session.test is not None and (not mark.exists() or mark.read_text() != digest):
-        (workdir / plots.RESULTS_FILE).unlink(missing_ok=True)
+        for name in (plots.RESULTS_FILE, EVALUATIONS_FILE):
+            (workdir / name).unlink(missing_ok=True)
         mark.write_text(digest)
         session.push()
     return plots.read_results(workdir)
@@ -174,7 +178,7 @@ def _train(session: Session, results: dict[str, dict[str, float]]) -> Params | N
     """The training stages, each between two evaluations; None where there is no such stage."""
     config, policy = session.config, None
 
-    def report(label: str, params: Params) -> None:
+    def measure(label: str, params: Params) -> None:
         if session.test is not None and label not in results:
             results[label] = evaluate_policy(session, params, label)
             _save_results(session, results)
@@ -194,9 +198,9 @@ def _train(session: Session, results: dict[str, dict[str, float]]) -> Params | N
             if policy is None and not (begun and name == "sft" and before in results):
                 policy = load_policy(session)
             if before not in results:
-                report(before, policy)
+                measure(before, policy)
             policy = stage(session, policy, checkpoints).params
-        report(after, policy)
+        measure(after, policy)
     return policy
 
 
@@ -223,7 +227,24 @@ def _finish(session: Session, policy: Params | None,
         session.console.say(f"exported: {hf}")
     if results:
         session.console.say(_save_results(session, results))
+    if is_first():
+        _report(session)
     return results
+
+
+def _report(session: Session) -> None:
+    """The tables with intervals, and the report. A finished run is not lost where these fail."""
+    directory = session.files.directory
+    evaluations = directory / EVALUATIONS_FILE
+    try:
+        if evaluations.exists():
+            tables.save(directory, by_label(read_rows(evaluations)), session.config.seed)
+        session.console.say(f"report: {report.write(directory)}")
+    except report.ReportError as error:
+        log.warning("no report: %s", error)
+    except Exception:
+        log.exception("the run is complete, but not its tables and its report; once mended, "
+                      "python -m gtalign_jax.report %s makes it", directory)
 
 
 def _save_results(session: Session, results: dict[str, dict[str, float]]) -> str:

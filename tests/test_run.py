@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import signal
+import types
 
 import jax
 import numpy as np
@@ -55,10 +56,34 @@ def test_a_finished_run_is_evaluated_and_exported_again_from_its_last_checkpoint
     results = run.run(runs.config(tmp_path, stages=("evaluate", "export")))
     assert results["sft step 2"] == past["after cold start"]
     assert past["before cold start"] == results["before cold start"]  # nothing lost
+    measured = json.loads((tmp_path / "measures.json").read_text())["measures"]
+    assert list(measured) == ["before cold start", "after cold start", "sft step 2"]
+    assert "after cold start" in (tmp_path / "report.html").read_text()
     exported = load_params(tmp_path / "hf", load_config(tmp_path / "hf"))
     trained, _, _ = restore_policy(tmp_path, runs.config(tmp_path))
     for a, b in zip(jax.tree.leaves(exported), jax.tree.leaves(trained), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_a_report_that_cannot_be_drawn_is_told_of_and_the_run_stays_complete(
+    tmp_path, monkeypatch, caplog
+):
+    lines = []
+    session = types.SimpleNamespace(
+        files=types.SimpleNamespace(directory=tmp_path),
+        console=types.SimpleNamespace(say=lines.append),
+    )
+    run._report(session)  # nothing to report on is no fault
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert f"no report: {tmp_path} holds no" in caplog.text
+
+    def write(directory):
+        raise ZeroDivisionError("a figure without width")
+
+    monkeypatch.setattr(run.report, "write", write)
+    run._report(session)
+    assert "ZeroDivisionError: a figure without width" in caplog.text
+    assert f"python -m gtalign_jax.report {tmp_path} makes it" in caplog.text and not lines
 
 
 def test_results_of_other_held_out_prompts_are_not_taken_for_these(tmp_path):
