@@ -22,7 +22,10 @@ from gtalign_jax.pod.notice import EXIT_PREEMPTED, Preempted
 from gtalign_jax.pod.start import start
 from gtalign_jax.training.checkpoint import CheckpointError
 
-CHATTY = ("absl", "httpx", "httpx2", "jax")  # the judge's client reports each request
+CHATTY = {  # the judge's client reports each request, orbax warns of each look at a checkpoint
+    "httpx": logging.WARNING, "httpx2": logging.WARNING, "jax": logging.WARNING,
+    "absl": logging.ERROR,
+}  # fmt: skip
 
 
 def carry_out(
@@ -33,8 +36,8 @@ def carry_out(
 
     `cls`: what the flag's file describes. `common`: the Config in it that says how processes meet.
     """
-    for name in CHATTY:
-        logging.getLogger(name).setLevel(logging.WARNING)
+    for name, level in CHATTY.items():
+        logging.getLogger(name).setLevel(level)
     try:
         config = from_flag(flag, cls)
         said = "\0".join((resolved_json(common(config)), *words))
