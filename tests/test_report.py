@@ -214,6 +214,24 @@ def test_a_matrix_is_shown_as_a_table_with_the_recommended_cell_and_the_pareto_s
     assert re.search(r"VQ 0 · 5 ● Pareto 1 · 4 2 · 3", page.cells("examples"))
 
 
+def test_a_bare_response_is_shown_as_what_it_is_and_a_broken_chain_as_it_was_written():
+    row = completion("p", "a", "definite", (.5, .5, "answer"), completion="Just this.",
+                     payoff=None, pareto_set=None, recommended=None)
+    shown = examples.shown(row)
+    assert [(name, cut.head) for name, cut in shown["blocks"]] == [("response", "Just this.")]
+    assert shown["matrix"] is None and shown["error"] is None
+    broken = examples.shown(row | {"chain_error": "no <payoff> block"})
+    assert broken["blocks"] == [] and broken["completion"].head == "Just this."
+
+
+def test_a_long_text_is_cut_in_three_and_a_short_one_is_not():
+    text = "".join(chr(97 + i % 26) for i in range(12_345))
+    cut = examples.Cut.of(text)
+    assert cut.head + cut.rest == text[:10_000] and len(cut.head) == 700
+    assert cut.left_out == 2_345
+    assert examples.Cut.of(text[:800]) == examples.Cut(text[:800], "", 0)
+
+
 def test_examples_are_the_extremes_and_no_completion_stands_twice():
     before = [completion(f"p{i}", "a", "definite", (u, u, "answer"))
               for i, u in enumerate((.2, .9, .5, .5, .3))]

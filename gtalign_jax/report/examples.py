@@ -33,10 +33,10 @@ class Cut:
     left_out: int
 
     @classmethod
-    def of(cls, text: str) -> "Cut":
-        if len(text) <= AT_ONCE * 1.2:  # no fold for a few words
+    def of(cls, text: str, at_once: int = AT_ONCE) -> "Cut":
+        if len(text) <= at_once * 1.2:  # no fold for a few words
             return cls(text, "", 0)
-        return cls(text[:AT_ONCE], text[AT_ONCE:AT_MOST], max(len(text) - AT_MOST, 0))
+        return cls(text[:at_once], text[at_once:AT_MOST], max(len(text) - AT_MOST, 0))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # two are the same only if they are one
@@ -93,6 +93,8 @@ def _varied(order: Sequence[Example], each: int) -> list[Example]:
 def shown(row: Row) -> dict[str, Any]:
     """A completion for the template: texts cut, matrix as rows of cells."""
     chain = chain_lib.parse(row["completion"])
+    if row.get("chain_error") is None and chain.response is None:
+        chain = chain_lib.plain(row["completion"])  # the baseline without reasoning blocks
     reply = row.get("judge_error") or row.get("judge_reply") or ""
     return {
         "row": row,

@@ -16,6 +16,7 @@ from gtalign_jax.evaluation import pareto as pareto_lib
 from gtalign_jax.evaluation.measures import BY_NAME, MEASURES, OVERALL, Measure
 from gtalign_jax.evaluation.tables import BY_SOURCE
 from gtalign_jax.report import words
+from gtalign_jax.report.figures_time import KIND_LABELS
 from gtalign_jax.reward.rules import RIGHT_KINDS
 
 Numbers = Mapping[str, Any]
@@ -71,24 +72,27 @@ def measures(numbers: Numbers) -> list[Table]:
 
 
 def _overall(numbers: Numbers, name: str, caption: str, chosen: Sequence[Measure]) -> Table:
-    labels, before = numbers["labels"]["shown"], numbers["labels"]["before"]
+    before, after = numbers["labels"]["before"], numbers["labels"]["after"]
+    pair = [before, after] if before else []  # on a phone the first columns are what is seen
+    others = [label for label in numbers["labels"]["shown"] if label not in pair]
     differences = (numbers["paired"] or {}).get("differences", {}).get(OVERALL, {})
     rows = []
     for m in chosen:
-        found = [numbers["measures"][label].get(OVERALL, {}).get(m.name) for label in labels]
+        found = [numbers["measures"][label].get(OVERALL, {}).get(m.name)
+                 for label in (*pair, *others)]
         if not any(f and f["value"] is not None for f in found):
             continue
         cells = [estimate(m, f) for f in found]
         if before:
-            cells.append(difference(m, differences.get(m.name)))
+            cells.insert(2, difference(m, differences.get(m.name)))
         rows.append(((words.named(m),), cells))
-    columns = [*labels, *(["change"] if before else [])]
+    columns = [*pair, *(["change"] if before else []), *others]
     note = "" if name == "behaviour" else (
         "In brackets 95 % bootstrap intervals over prompts, resampled within each source."
     )
     if before and note:
         note += (
-            f" The change is from “{before}” to “{numbers['labels']['after']}” on the same prompts,"
+            f" The change is from “{before}” to “{after}” on the same prompts,"
             " with its interval and the p-value of a paired permutation test, Holm-adjusted."
         )
     return Table(name, caption, columns, rows, note)
@@ -133,7 +137,7 @@ def actions(numbers: Numbers) -> list[Table]:
                      + (" · called for" if kind in RIGHT_KINDS[request] else ""))
                 for kind, n in counts.items()
             ]))
-    heads = [kind.replace("answer_ask", "answers and asks").replace("_", " ") for kind in columns]
+    heads = [KIND_LABELS[kind] for kind in columns]
     note = "Shares of the judged completions on requests of a kind. " \
            "“Called for” marks the moves that serve both sides."
     return [Table("actions", "What was asked and what was done", heads, rows, note)] if rows else []
