@@ -6,6 +6,7 @@ import sys
 import types
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from gtalign_jax.model.spec import num_params
 from gtalign_jax.paper import FITS, MODELS, OUT_OF_DOMAIN
 from gtalign_jax.reward.rules import request_kind
 from gtalign_jax.session import training_prompts
+from gtalign_jax.variants import Ablation
 
 ROOT = Path(__file__).resolve().parent.parent
 VARIABLES = ("GTALIGN_DATA", "GTALIGN_JUDGE_URL", "GTALIGN_JUDGE_MODEL")
@@ -44,15 +46,15 @@ def command_line(monkeypatch, capsys):
             delattr(flags.FLAGS, name)
         flags.FLAGS.unparse_flags()
 
-    def read(*arguments: str) -> tuple[Config | None, str]:
+    def read(*arguments: str, cls: type = Config) -> tuple[Any, str]:
         forget_flags()
         argv = ["main.py", *arguments]
         monkeypatch.setattr(sys, "argv", argv)  # ml_collections looks for its overrides there
         flag = define_flag()
         try:
-            parse_flags(argv)
-            config = from_flag(flag)
-            check(config, device_count=4)
+            parse_flags(argv, cls)
+            config = from_flag(flag, cls)
+            check(config.run if cls is Ablation else config, device_count=4)
         except ConfigError as error:  # main prints it
             return None, f"error: {error}"
         except SystemExit as end:
@@ -67,7 +69,9 @@ def command_line(monkeypatch, capsys):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.stem)
 def test_every_config_file_loads_and_shows_its_command(path):
-    assert batch_table(config_of(path.stem), 1)
+    is_ablation = path.stem.startswith("ablation")
+    config = config_of(path.stem, cls=Ablation).run if is_ablation else config_of(path.stem)
+    assert batch_table(config, 1)
     assert f"--config=configs/{path.name}" in path.read_text(encoding="utf-8")
 
 
@@ -294,3 +298,22 @@ def test_a_mistake_on_the_command_line_is_one_line_that_names_it(arguments, mess
 def test_a_config_error_is_what_an_unknown_key_in_a_file_raises():
     with pytest.raises(ConfigError, match="unknown key 'grpo.stepz'; did you mean 'grpo.steps'"):
         freeze(Config, {"grpo": {"stepz": 3}})
+
+
+def test_an_ablation_is_overridden_as_strictly_as_a_run(command_line):
+    file = "--config=configs/ablation_cpu.py"
+    ablation, error = command_line(
+        file, "--config.seeds=(0,1)", "--config.rewards=('user','rawls')",
+        "--config.run.grpo.steps=3", cls=Ablation,
+    )
+    assert not error and ablation.seeds == (0, 1) and ablation.rewards == ("user", "rawls")
+    assert ablation.run.grpo.steps == 3 and ablation.run.sft.steps == 900  # the demo's
+    for argument, said in (
+        ("--config.run.grpo.stepz=3", "did you mean 'run.grpo.steps'?"),
+        ("--config.grpo.steps=3", "unknown key 'grpo'; did you mean 'run.grpo'?"),
+        ("--config.rewards=('nash',)", "rewards=('nash',): expected some of ('cobb_douglas',"),
+        ("--config.seeds=(1,1)", "seeds=(1, 1): expected integers, at least one, each once"),
+        ("--config.workdir=gs://b/x", "workdir=gs://b/x: runs share files there"),
+    ):
+        _, error = command_line(file, argument, cls=Ablation)
+        assert said in error, error
