@@ -147,11 +147,12 @@ def found():
 
 def test_words_say_shown_only_of_what_is(found):
     said = dict(line.split(": ", 1) for line in ablation_tables.words(found)[1:-1])
-    assert "**shown: lower**" in said["What training adds to the cold start"]
-    assert "under cold start" in said["What training adds to the cold start"]
+    gain = said["What training adds to the cold start"]  # sqrt(0.6 * 0.5) - sqrt(0.3 * 0.5)
+    assert "**shown: higher**" in gain and "a difference of +0.16" in gain
+    assert gain.index("for Cobb-Douglas") < gain.index("for cold start")
     assert "**a difference is not shown**" in said["Product or mean of both welfares"]
     form = said["What a user-only reward does to the format"]
-    assert "20.0% under user only U and 100.0%" in form and "-80.0 pt" in form
+    assert "20.0% for user only U and 100.0%" in form and "-80.0 pt" in form
     assert form.endswith("**shown: lower**.")
     assert "a difference is not shown" in ablation_tables.words(found)[0]  # of the best two
     assert ablation_tables.words(found)[-1] == "w/llm has no numbers: diverged"

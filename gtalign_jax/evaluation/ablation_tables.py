@@ -43,6 +43,7 @@ QUESTIONS = (
     ("What a user-only reward does to the format", "user", "format"),
     ("What a user-only reward does to the LLM's side", "user", "llm_welfare"),
     ("What a user-only reward does for the user", "user", "user_welfare"),
+    ("What a user-only reward does on harmful requests", "user", "harm"),
     ("What an LLM-only reward does to users", "llm", "user_welfare"),
     ("What an LLM-only reward does for the LLM's side", "llm", "llm_welfare"),
     ("What an LLM-only reward does on harmful requests", "llm", "harm"),
@@ -51,6 +52,7 @@ QUESTIONS = (
     ("What the blocks do for the answers", UNTAGGED, "answer"),
     ("What the blocks do for the choice of the action", UNTAGGED, "right_action"),
 )
+BEFORE_REFERENCE = (COLD_START, UNTAGGED, UNTAGGED_COLD)
 BARE = ("bare_social_welfare", "user_welfare", "answer", "right_action", "tokens")
 
 
@@ -162,7 +164,8 @@ def words(found: Findings) -> list[str]:
         best = ranked[0]
         # The reference against the best of the others: whichever of both is ahead.
         rival = ranked[1] if best == found.reference else best
-        said.append(f"The highest social welfare came out under {label(best)}. "
+        said.append(f"The highest social welfare came out for {label(best)}; against the "
+                    f"{'next' if rival == ranked[1] else 'reference'}, "
                     + _claim(found, "social_welfare", rival))
     for question, other, measure in QUESTIONS:
         if other in found.contrasts and math.isfinite(found.contrasts[other][measure].difference):
@@ -175,13 +178,24 @@ def _claim(found: Findings, measure: str, other: str) -> str:
     if other not in found.contrasts:
         return f"{label(other)} has no seed in common with {label(found.reference)}."
     c, m = found.contrasts[other][measure], found.measures[measure]
+    names = [found.reference, other]
+    if other in BEFORE_REFERENCE:  # what the reference adds to it is the question
+        c, names = _turned(c), names[::-1]
     seeds = ", ".join(_signed(m, d) for d in c.by_seed.values())
     way = "higher" if c.difference > 0 else "lower"
     verdict = f"**shown: {way}**" if c.shown else "**a difference is not shown**"
     return (
-        f"{m.label.strip()} is {m.shown(c.second)} under {label(other)} and {m.shown(c.first)} "
-        f"under {label(found.reference)}, a difference of {_signed(m, c.difference)} "
+        f"{m.label.strip()} is {m.shown(c.second)} for {label(names[1])} and {m.shown(c.first)} "
+        f"for {label(names[0])}, a difference of {_signed(m, c.difference)} "
         f"[{_signed(m, c.low)}, {_signed(m, c.high)}], p {_p(c.p)}, by seed {seeds}: {verdict}."
+    )
+
+
+def _turned(c: Contrast) -> Contrast:
+    """The same difference, first - second."""
+    return dataclasses.replace(
+        c, first=c.second, second=c.first, difference=-c.difference, low=-c.high, high=-c.low,
+        by_seed={seed: -d for seed, d in c.by_seed.items()},
     )
 
 
