@@ -115,6 +115,7 @@ def test_differences_are_paired_and_said_with_their_doubt(whole):
             for a in (-1, 1) for b in (-1, 1) for c in (-1, 1) for e in (-1, 1)]
     assert d["p"] == pytest.approx(sum(s >= 0.6 - 1e-9 for s in sums) / 16)
     assert d["p_adjusted"] == 1.0
+    assert set(pair["differences"]["builtin-safety"]) == set(numbers.MAIN)
     row, = (row for row in csv_rows(directory / "tables" / "paired.csv")
             if (row["source"], row["measure"]) == ("overall", "social_welfare"))
     assert float(row["difference"]) == d["difference"] and float(row["p"]) == d["p"]
@@ -403,6 +404,11 @@ def test_megabytes_of_completion_do_not_make_megabytes_of_page(tmp_path):
     ("metrics.jsonl", "[1]\n", "metrics.jsonl, line 1, is list, expected an object"),
     ("evaluations.jsonl", '{"label": "x"}\n', "evaluations.jsonl, line 1, has no 'id'"),
     ("config.json", "{", "config.json is no JSON"),
+    ("config.json", '{"stages": []}', "config.json has no 'model'"),
+    ("evaluations.jsonl", json.dumps(evaluation("x", True)[0] | {"user_welfare": None}) + "\n",
+     "evaluations.jsonl, line 1, is valid, but not all of reward, user_welfare, llm_welfare"),
+    ("evaluations.jsonl", "".join(json.dumps(evaluation(label, True)[0]) + "\n" for label in "xyy"),
+     "evaluations.jsonl: id 'p0', sample 0 stands twice"),
     ("comparison.json", "{}", "comparison.json has no 'first'"),
     ("rollouts.jsonl", b"\xff\n", "rollouts.jsonl, line 1, is no JSON"),
 ])

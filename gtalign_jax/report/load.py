@@ -11,6 +11,7 @@ run of the paper's size has hundreds of megabytes of them.
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ CONFIG_FILE, RUN_INFO_FILE = "config.json", "run_info.json"
 
 TEXTS = ("prompt", "question", "ground_truth", "completion", "judge_reply", "consistency_reply")
 FREE = ("rule", "given", "solver")  # notes in place of a reply, of those who cost nothing
+OF_CONFIG = ("stages", "model", "sft", "grpo", "reward", "judge")
 OF_COMPARISON = ("first", "differences", "by_source", "basic_compare", "coverage_spread")
 OF_METRICS = ("stage", "step")
 OF_ROW = (
@@ -34,6 +36,7 @@ OF_ROW = (
     "llm_welfare", "answer", "format", "payoff", "request_kind", "response_kind", "right_action",
     "judge_score",
 )  # fmt: skip
+SCORES = ("reward", "user_welfare", "llm_welfare", "answer")
 
 _STEP = re.compile(r"step (\d{1,15})")
 
@@ -85,12 +88,12 @@ def load(directory: Path) -> RunData:
     groups = by_label(evaluations)
     return RunData(
         directory=directory,
-        config=_object(directory / CONFIG_FILE),
+        config=_with_keys(directory / CONFIG_FILE, OF_CONFIG),
         info=_object(directory / RUN_INFO_FILE),
         metrics=metrics,
         rollouts=rollouts,
         groups={label: groups[label] for label in sorted(groups, key=_when)},
-        comparison=_comparison(directory / COMPARISON_FILE),
+        comparison=_with_keys(directory / COMPARISON_FILE, OF_COMPARISON),
     )
 
 
@@ -132,6 +135,9 @@ def _with(row: dict[str, Any], fields: Sequence[str], where: str) -> dict[str, A
             f"{where} has no {absent[0]!r}; a row needs {', '.join(fields)}: it may have been "
             "written by an earlier version"
         )
+    numbers = [row[field] for field in SCORES if field in fields and row["valid"]]
+    if not all(isinstance(n, int | float) and math.isfinite(n) for n in numbers):
+        raise ReportError(f"{where} is valid, but not all of {', '.join(SCORES)} are numbers")
     return row
 
 
@@ -142,11 +148,11 @@ def _object(path: Path) -> dict[str, Any] | None:
     return _parsed(path.read_bytes(), str(path))
 
 
-def _comparison(path: Path) -> dict[str, Any] | None:
+def _with_keys(path: Path, keys: Sequence[str]) -> dict[str, Any] | None:
     found = _object(path)
-    absent = [key for key in OF_COMPARISON if found is not None and key not in found]
+    absent = [key for key in keys if found is not None and key not in found]
     if absent:
-        raise ReportError(f"{path} has no {absent[0]!r}; it needs {', '.join(OF_COMPARISON)}")
+        raise ReportError(f"{path} has no {absent[0]!r}; it needs {', '.join(keys)}")
     return found
 
 

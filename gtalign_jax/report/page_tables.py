@@ -93,7 +93,9 @@ def _overall(numbers: Numbers, name: str, caption: str, chosen: Sequence[Measure
     if before and note:
         note += (
             f" The change is from “{before}” to “{after}” on the same prompts,"
-            " with its interval and the p-value of a paired permutation test, Holm-adjusted."
+            " with its interval and the p-value of a paired permutation test, Holm-adjusted: within"
+            " the welfares, answer quality, format, action, matrix quality and tokens, and within"
+            " all other measures."
         )
     return Table(name, caption, columns, rows, note)
 

@@ -73,7 +73,7 @@ def listed(parts: Sequence[str]) -> str:
 
 def _trained(numbers: Numbers, config: Mapping[str, Any] | None) -> list[str]:
     said, progress = [], numbers["progress"]
-    if config is not None and "model" in config:
+    if progress and config is not None and "model" in config:
         model = config["model"]
         start = f"the model at {model['path']}" if model.get("path") else (
             f"a {model['family']} model with random weights ({model['num_layers']} layers of "
@@ -135,7 +135,7 @@ def _verdict(numbers: Numbers) -> list[str]:
         f"{head}: social welfare √(U·L) {verb} from {measure.shown(found['first'])} to "
         f"{measure.shown(found['second'])}, by {_change_with_interval(measure, found)} on the same "
         f"{count(found['pairs'], 'prompt')}, {luck} ({p_text(found['p_adjusted'])} after "
-        "adjustment for all measures)."
+        "Holm's adjustment)."
     ]
 
 
@@ -148,6 +148,7 @@ def _against(numbers: Numbers) -> list[str]:
         f"{named(measure)} {_change_with_interval(measure, d)} "
         f"({direction(measure, d) or 'may be chance'}, {p_text(d['p_adjusted'])})"
         for key, d in found.items() if (measure := BY_NAME.get(key)) is not None
+        and (key.endswith("welfare") or direction(measure, d))
     ]
     return [f"Against “{name}”: {'; '.join(said)}."] if said else []
 
