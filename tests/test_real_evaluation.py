@@ -15,16 +15,17 @@ from gtalign_jax.reward.tasks import TASKS
 
 OUT_OF_DOMAIN = ("minerva_math/test", "abg_coqa/test", "advbench/test")
 SOURCES = {*real.SOURCES, "minerva", "abg-coqa", "advbench"}
-PROMPTS = 42  # spread over 3,048
+PROMPTS = 42  # spread evenly over the 600 that are drawn of 3,048
 TRAIN = {
     "stages": "('sft',)", "model.compute_dtype": "float32", "data.train_size": 24,
-    "data.max_prompt_tokens": 1200, "sft.steps": 80, "sft.batch_size": 2,
+    "data.max_prompt_tokens": 1200, "sft.steps": 80, "sft.batch_size": 4,
     "sft.micro_batch_size": 0, "sft.learning_rate": 1e-2, "sft.decay": "cosine",
     "sft.warmup_updates": 5, "mesh.tensor": 1, "checkpoint.every": 80,
 }  # fmt: skip
 EVALUATE = {
-    "model.compute_dtype": "float32", "data.max_prompt_tokens": 1200, "mesh.tensor": 1,
-    "rollout.max_new_tokens": 136, "evaluate.prompts": PROMPTS, "evaluate.batch_size": 14,
+    "model.compute_dtype": "float32", "data.max_prompt_tokens": 1600, "data.test_size": 600,
+    "mesh.tensor": 1, "rollout.max_new_tokens": 136, "evaluate.prompts": PROMPTS,
+    "evaluate.batch_size": 14,
 }  # fmt: skip
 
 
