@@ -121,17 +121,19 @@ def test_bad_lines_are_named_left_out_and_make_the_status_one(run):
         {"id": "p0", "user_welfare": True, "llm_welfare": 0.5},
         {"id": ["p0"], "user_welfare": 0.5, "llm_welfare": 0.5},
         {"user_welfare": 0.5, "llm_welfare": 0.5},
-        {"id": "p0", "sample": [1], "user_welfare": 0.5, "llm_welfare": 0.5},
+        {"id": "p0", "sample": [1], "valid": False},
+        {"id": "p0", "label": ["a"], "user_welfare": 0.5, "llm_welfare": 0.5},
     ]
     status, found, _, err = run([*rows(FIRST), *bad], rows(SECOND))
-    assert status == 1 and found["pairs"] == 4 and found["first"]["bad_lines"] == 9
+    assert status == 1 and found["pairs"] == 4 and found["first"]["bad_lines"] == 10
     assert found["ids_averaged"] == 0
     named = err.splitlines()
-    assert [int(line.split(".jsonl:")[1].split(":")[0]) for line in named] == list(range(5, 14))
+    assert [int(line.split(".jsonl:")[1].split(":")[0]) for line in named] == list(range(5, 15))
     for line, words in zip(
         named,
         ("not a JSON object", "not a JSON object but a list", "'llm_welfare' is missing",
-         "not nan", "not '0.5'", "not True", "'id' must be", "'id' is missing", "'sample' must be"),
+         "not nan", "not '0.5'", "not True", "'id' must be", "'id' is missing", "'sample' must be",
+         "'label' must be"),
         strict=True,
     ):  # fmt: skip
         assert words in line
@@ -240,6 +242,7 @@ def test_the_output_of_score_is_compared(tmp_path, capsys):
         (rows(FIRST, sample=0) * 2, rows(SECOND, sample=0), "'p0', sample 0 stands twice"),
         (rows(FIRST, data_source="a"), rows(SECOND, data_source="b"), "several data sources"),
         ([{"id": "p0", "completion": "hm"}], rows(SECOND), "gtalign_jax.score"),
+        (["[", '{"id": "p0",', "]"], rows(SECOND), "first.jsonl:1: not a JSON object"),
         ([*rows(FIRST, label="a"), *rows(FIRST, label="b")], rows(SECOND), "several labels"),
     ],
 )

@@ -50,13 +50,12 @@ def read(path: Path, label: str | None) -> Scored:
             if label is not None and row.get("label") != label:
                 continue
             problem = _problem(row)
+            without_id += row.get("id") is None
         if problem is not None:
             bad.append(f"{path}:{number}: {problem}")
-            without_id += row.get("id") is None
             continue
         is_missing = _is_missing(row)
         missing += is_missing
-        without_id += row.get("id") is None
         if row.get("id") is not None:
             rows.append(row if is_missing else _with_social_welfare(row))
     names = ", ".join(repr(name) for name in labels if name is not None)
@@ -90,6 +89,9 @@ def _parse(line: bytes) -> tuple[dict[str, Any], str | None]:
         return {}, f"not a JSON object: {error}"
     if not isinstance(row, dict):
         return {}, f"not a JSON object but a {type(row).__name__}"
+    for field in ("label", "sample"):  # rows are told apart by them
+        if isinstance(row.get(field), dict | list):
+            return {}, f"field {field!r} must be a number or a string, not {row[field]!r}"
     return row, None
 
 
@@ -113,8 +115,6 @@ def _problem(row: dict[str, Any]) -> str | None:
         # An integer may be finite and yet no float.
         if value is not None and not (number_like and abs(value) <= sys.float_info.max):
             return f"field {field!r} must be a finite number or null, not {value!r}"
-    if isinstance(row.get("sample"), dict | list):
-        return f"field 'sample' must be a number or a string, not {row['sample']!r}"
     return None
 
 
