@@ -169,6 +169,19 @@ def test_the_kind_of_a_response_is_read_from_its_text(text, kind):
 
 
 @pytest.mark.parametrize(
+    ("start", "end", "kind"),
+    [
+        ("", "", "answer"),
+        ("", "Which of them do you mean?", "answer_ask"),
+        ("I cannot help with that. ", "", "refuse"),
+        ("I cannot help with that. ", "You can read about locks.", "constructive"),
+    ],
+)
+def test_of_a_long_response_the_end_counts_too(start, end, kind):
+    assert rules.response_kind(start + "There are many of them. " * 200 + end) == kind
+
+
+@pytest.mark.parametrize(
     ("source", "truth", "kinds"),
     [
         ("builtin-arithmetic", "7", {"answer"}),

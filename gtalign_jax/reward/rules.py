@@ -87,9 +87,11 @@ def response_kind(text: str) -> str:
 
     Returns:
       "answer", "ask" (questions only), "answer_ask", "refuse", "constructive" (refuses and offers
-      something else), or "none" for a response without words.
+      something else), or "none" for a response without words. Of a text of more than MAX_CHARS
+      both ends are read: a question to the user comes last.
     """
-    text = text[:MAX_CHARS]
+    if len(text) > MAX_CHARS:
+        text = f"{text[: MAX_CHARS // 2]} {text[-MAX_CHARS // 2 :]}"
     plain = _plain(text)
     if not _WORD.search(plain):
         return "none"
