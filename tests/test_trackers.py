@@ -203,6 +203,15 @@ def test_a_missing_package_is_named_with_its_remedy(tmp_path, monkeypatch, keys,
         opened(tmp_path, **keys)
 
 
+def test_what_is_refused_has_begun_no_run_elsewhere(tmp_path, monkeypatch):
+    begun = []
+    monkeypatch.setattr(trackers, "Background", lambda name, start: begun.append(name))
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    with pytest.raises(ValueError, match="needs the package mlflow"):
+        opened(tmp_path, wandb="offline", mlflow="runs/mlflow")
+    assert not begun
+
+
 def test_without_an_account_online_is_refused_at_the_start(tmp_path, monkeypatch):
     for variable in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"):
         monkeypatch.delenv(variable, raising=False)
@@ -224,9 +233,11 @@ def test_a_bad_value_is_named_with_what_is_allowed(tmp_path, keys, message):
         runs.config(tmp_path, **keys)
 
 
-def test_where_mlflow_keeps_things(tmp_path):
+def test_where_mlflow_keeps_things(tmp_path, monkeypatch):
     assert mlflow_store("https://host:5000") == ("https://host:5000", None)
     folder = tmp_path / "a" / "b"
     expected = (f"sqlite:///{folder}/mlflow.db", (folder / "artifacts").as_uri())
     assert mlflow_store(str(folder)) == expected == mlflow_store(f"sqlite:///{folder}/mlflow.db")
     assert folder.is_dir()
+    monkeypatch.chdir(tmp_path)
+    assert mlflow_store("https_runs")[0] == f"sqlite:///{tmp_path}/https_runs/mlflow.db"

@@ -16,6 +16,7 @@ from typing import Any
 WANDB_ROWS_FILE, REPORT_FILE = "wandb.json", "report.html"
 INIT_S = 30.0  # what it may take to answer at all
 FINISH_S = 20.0  # what Weights & Biases may take to send the rest of a run
+SERVERS = ("http://", "https://")  # how the address of an MLflow server begins
 _RUN_TAG = "gtalign_jax.run"
 
 Results = Mapping[str, Mapping[str, float]]
@@ -140,7 +141,7 @@ def flat_results(results: Results) -> dict[str, float]:
 
 def mlflow_store(where: str) -> tuple[str, str | None]:
     """(MLflow's tracking URI, where a local one keeps files) of `track.mlflow`; makes a folder."""
-    if where.startswith("http"):
+    if where.startswith(SERVERS):
         return where, None
     is_file = where.startswith("sqlite://")
     # As in SQLAlchemy, what follows the third stroke is the path.

@@ -38,7 +38,7 @@ from typing import Any, Protocol
 
 from tensorboardX import SummaryWriter
 
-from gtalign_jax.training.services import MLflow, Results, Wandb, read_json, write_json
+from gtalign_jax.training.services import SERVERS, MLflow, Results, Wandb, read_json, write_json
 
 log = logging.getLogger(__name__)
 
@@ -203,15 +203,16 @@ def open_trackers(cfg: TrackConfig, directory: Path, *, name: str, config_json: 
         return ()
     identity = _identity(directory / TRACKERS_FILE, settings)
     name, config = cfg.name or name, json.loads(config_json)
+    # Both first: what is refused must not have begun a run at the other service.
+    wandb = _load_wandb(cfg) if cfg.wandb else None
+    mlflow = _load_mlflow(cfg) if cfg.mlflow else None
     found: list[Tracker] = []
     if cfg.wandb:
-        wandb = _load_wandb(cfg)
         found.append(Background("Weights & Biases", lambda: Wandb(
             wandb, directory, identity, name=name, config=config, mode=cfg.wandb,
             project=cfg.wandb_project, entity=cfg.wandb_entity,
         )))
     if cfg.mlflow:
-        mlflow = _load_mlflow(cfg)
         found.append(Background("MLflow", lambda: MLflow(
             mlflow, cfg.mlflow, identity, name=name, config=config,
             experiment=cfg.mlflow_experiment,
@@ -236,7 +237,7 @@ def _load_mlflow(cfg: TrackConfig) -> ModuleType:
         os.environ.setdefault(variable, value)
     asked = f"track.mlflow={without_credentials(cfg.mlflow)!r}"
     mlflow = _load("mlflow", asked)
-    if not cfg.mlflow.startswith("http"):
+    if not cfg.mlflow.startswith(SERVERS):
         for package in ("sqlalchemy", "alembic"):
             _load(package, asked)
     # A new store tells of each of its tables, a dead server of each attempt to reach it.
