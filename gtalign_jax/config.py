@@ -95,10 +95,14 @@ def define_flag(example: str = "configs/demo_cpu.py") -> flags.FlagHolder:
 
 def parse_flags(argv: Sequence[str], cls: type = Config) -> list[str]:
     """For `absl.app.run(main, flags_parser=…)`: an override of a key unknown to the dataclass
-    `cls`, a value that is none and what a config file raises end with one line and status 2."""
+    `cls`, a value that is none, a word that belongs to no flag and what a config file raises end
+    with one line and status 2."""
     try:
         check_overrides(cls, argv[1:])
-        return flags.FLAGS(list(argv))
+        left = flags.FLAGS(list(argv))
+        if not left[1:]:
+            return left
+        problem = f"{' '.join(left[1:])}: belongs to no flag; allowed: --flag=value (--helpshort)"
     except ConfigError as error:
         problem = str(error)
     except flags.Error as error:

@@ -284,6 +284,7 @@ def test_the_command_line_overrides_single_values_and_tuples(command_line):
      "--config.grpo.learningrate: unknown key 'grpo.learningrate'; did you mean "
      "'grpo.learning_rate'?"),
     (["--config=configs/tpu_v4.py", "--config.gropo.steps=1"], "did you mean 'grpo'?"),
+    (["--config=configs/tpu_v4.py", "runs/mine", "--config.seed=1"], "runs/mine: belongs to no"),
     (["--config=configs/tpu_v4.py", "--config.grpo.steps=many"], "--config.grpo.steps=many"),
     (["--config=configs/tpu_v4.py", "--config.grpo.kl=k4"], "grpo.kl='k4': expected one of"),
     (["--config=configs/tpu_v4.py", "--config.stages=sft,grpo"],
