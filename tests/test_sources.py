@@ -56,6 +56,22 @@ def test_parquet_and_jsonl_give_the_same_prompts(tmp_path):
     assert from_parquet[1].extra == {"index": 7}
 
 
+def test_a_held_out_prompt_is_called_the_same_whatever_files_stand_before_its_own(tmp_path):
+    """Two evaluations are matched by id; only files of one name have to be numbered."""
+    names = [write_jsonl(tmp_path / f"{n}.jsonl", [row("Who?")]) for n in ("a", "b")]
+    (tmp_path / "x" / tmp_path.name).mkdir(parents=True)
+    twin = write_jsonl(tmp_path / "x" / tmp_path.name / "b.jsonl", [row("When?")])
+
+    def ids(*files):
+        return [p.id for p in load_prompts(jsonl_config("", test=files), "test")]
+
+    folder = tmp_path.name
+    assert ids(*names) == [f"{folder}/a.jsonl:0", f"{folder}/b.jsonl:0"]
+    assert ids(names[1]) == [f"{folder}/b.jsonl:0"]
+    assert ids(*names, twin) == [f"{folder}/a.jsonl:0", f"1:{folder}/b.jsonl:0",
+                                 f"2:{folder}/b.jsonl:0"]
+
+
 def test_a_local_folder_loads_as_a_hub_set(tmp_path, monkeypatch):
     import datasets
 

@@ -89,9 +89,15 @@ def load_prompts(cfg: DataConfig, split: str) -> list[Prompt]:
     if cfg.source == "builtin":
         return builtin.generate(split, size, cfg.seed, cfg.reasoning)
     asked = cfg.instruction if cfg.reasoning == "tagged" else "none"
+    read = list(SOURCES[cfg.source](cfg, split))
+    short = [_short_name(name) for name, _ in read]
     prompts = []
-    for order, (name, rows) in enumerate(SOURCES[cfg.source](cfg, split)):
-        prompts += _read_rows(f"{order}:{_short_name(name)}", name, rows, asked)
+    for order, (name, rows) in enumerate(read):
+        # Evaluations of other sets of files are compared by these ids; training prompts, and files
+        # that the last two parts of their paths do not tell apart, are numbered.
+        alone = split == "test" and short.count(short[order]) == 1
+        prefix = short[order] if alone else f"{order}:{short[order]}"
+        prompts += _read_rows(prefix, name, rows, asked)
     if size and size < len(prompts):
         kept = random.Random(f"subset/{cfg.seed}/{split}").sample(range(len(prompts)), size)
         prompts = [prompts[i] for i in sorted(kept)]
