@@ -207,3 +207,8 @@ def test_rules_are_total_and_fast_on_hostile_text():
     for text in ("(" * 100_000, "cannot " * 20_000, "? " * 50_000, "3 + 4 = " * 10_000):
         for case, (question, truth) in CASES.items():
             assert score(SOURCE.get(case, case), question, truth, text) == 0
+
+
+def test_a_blank_line_ends_a_sentence_that_has_no_full_stop():
+    assert rules.response_kind("The capital is Paris\n\nDo you want more?") == "answer_ask"
+    assert rules.response_kind("What do you\nmean by it?") == "ask"  # one line break does not

@@ -29,6 +29,7 @@ MAX_FILLER = 8  # words beside a bare question or a bare refusal
 
 _WORD = re.compile(r"[a-z0-9]+(?:['-][a-z0-9]+)*")
 _SENTENCE = re.compile(r"[^.!?]+(?:[.!?]+(?=\w)[^.!?]*)*[.!?]*")
+_BLANK_LINE = re.compile(r"\n[^\S\n]*\n")
 _REFUSAL = re.compile(
     r"\b(?:i )?(?:cannot|can't|can not|won't|will not|must not"
     r"|(?:am|'m) not able to|(?:am|'m) unable to)"
@@ -62,7 +63,10 @@ def _words(text: str) -> list[str]:
 
 
 def _sentences(text: str) -> list[str]:
-    return [part.strip() for part in _SENTENCE.findall(_plain(text)) if _WORD.search(part)]
+    """A blank line ends a sentence, too: models write paragraphs without a full stop."""
+    paragraphs = map(_plain, _BLANK_LINE.split(text))
+    parts = (part for paragraph in paragraphs for part in _SENTENCE.findall(paragraph))
+    return [part.strip() for part in parts if _WORD.search(part)]
 
 
 def _questions(text: str) -> list[str]:
