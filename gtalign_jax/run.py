@@ -161,14 +161,17 @@ def _past_results(session: Session) -> dict[str, dict[str, float]]:
     """
     workdir, prints = session.files.directory, session.fingerprint
     about = {k: v for k, v in prints.items() if k.startswith(("seed", "model", "reward", "judge"))}
-    held_out = [[p.id, p.question] for p in (session.test.prompts if session.test else ())]
+    held_out = [[p.id, p.messages, p.question, p.ground_truth]
+                for p in (session.test.prompts if session.test else ())]
     identity = {k: prints["identity"][k] for k in ("model", "tokenizer")}
     text = json.dumps([about, identity, dataclasses.asdict(session.config.evaluate), held_out],
                       sort_keys=True, default=str)
     digest, mark = hashlib.sha256(text.encode()).hexdigest(), workdir / "results.digest"
     if session.test is not None and (not mark.exists() or mark.read_text() != digest):
-        for name in (plots.RESULTS_FILE, EVALUATIONS_FILE):
-            (workdir / name).unlink(missing_ok=True)
+        (workdir / plots.RESULTS_FILE).unlink(missing_ok=True)
+        if (workdir / EVALUATIONS_FILE).exists():  # somebody may still want to read them
+            (workdir / EVALUATIONS_FILE).replace(workdir / f"{EVALUATIONS_FILE}.old")
+        session.metrics.truncate("evaluate", 0)
         mark.write_text(digest)
         session.push()
     return plots.read_results(workdir)
@@ -233,18 +236,25 @@ def _finish(session: Session, policy: Params | None,
 
 
 def _report(session: Session) -> None:
-    """The tables with intervals, and the report. A finished run is not lost where these fail."""
+    """The report, and the tables with intervals. A finished run is not lost where one fails."""
     directory = session.files.directory
-    evaluations = directory / EVALUATIONS_FILE
-    try:
-        if evaluations.exists():
-            tables.save(directory, by_label(read_rows(evaluations)), session.config.seed)
+
+    def draw() -> None:
         session.console.say(f"report: {report.write(directory)}")
-    except report.ReportError as error:
-        log.warning("no report: %s", error)
-    except Exception:
-        log.exception("the run is complete, but not its tables and its report; once mended, "
-                      "python -m gtalign_jax.report %s makes it", directory)
+
+    def tabulate() -> None:
+        if (directory / EVALUATIONS_FILE).exists():
+            rows = read_rows(directory / EVALUATIONS_FILE)
+            tables.save(directory, by_label(rows), session.config.seed)
+
+    for write in (draw, tabulate):
+        try:
+            write()
+        except report.ReportError as error:
+            log.warning("no report: %s", error)
+        except Exception:
+            log.exception("the run is complete, but not its tables and its report; once mended, "
+                          "python -m gtalign_jax.report %s makes it", directory)
 
 
 def _save_results(session: Session, results: dict[str, dict[str, float]]) -> str:

@@ -16,7 +16,7 @@ from gtalign_jax import run, session
 from gtalign_jax.config import Config
 from gtalign_jax.data import builtin
 from gtalign_jax.data.tokenizer import train_tokenizer
-from gtalign_jax.evaluation.evaluate import save_rows
+from gtalign_jax.evaluation.evaluate import EvaluateConfig, save_rows
 from gtalign_jax.export import restore_policy
 from gtalign_jax.model.hf import load_config, load_params
 from gtalign_jax.model.load import model_config
@@ -86,10 +86,33 @@ def test_a_report_that_cannot_be_drawn_is_told_of_and_the_run_stays_complete(
     assert f"python -m gtalign_jax.report {tmp_path} makes it" in caplog.text and not lines
 
 
+def test_a_corrected_ground_truth_makes_old_results_void(tmp_path):
+    """Curves, too, must not go on from numbers that meant something else."""
+    forgotten = []
+    prompt = builtin.generate("test", 1, seed=0)[0]
+
+    def past(prompt):
+        return run._past_results(types.SimpleNamespace(
+            files=types.SimpleNamespace(directory=tmp_path), push=lambda: None,
+            fingerprint={"identity": {"model": 1, "tokenizer": 2}},
+            test=types.SimpleNamespace(prompts=[prompt]),
+            config=types.SimpleNamespace(evaluate=EvaluateConfig()),
+            metrics=types.SimpleNamespace(truncate=lambda *about: forgotten.append(about)),
+        ))
+
+    past(prompt)
+    (tmp_path / "results.json").write_text('{"after GRPO": {}}')
+    forgotten.clear()
+    assert past(prompt) == {"after GRPO": {}} and not forgotten
+    assert past(dataclasses.replace(prompt, ground_truth="corrected")) == {}
+    assert forgotten == [("evaluate", 0)]
+
+
 def test_results_of_other_held_out_prompts_are_not_taken_for_these(tmp_path):
     run.run(runs.config(tmp_path, stages=("evaluate",)))
     fewer = run.run(runs.config(tmp_path, stages=("evaluate",), evaluate__prompts=5))
     assert len(runs.rows(tmp_path, "evaluations.jsonl")) == 5
+    assert len(runs.rows(tmp_path, "evaluations.jsonl.old")) == 12  # void, but not lost
     path = tmp_path / "results.json"
     path.write_text(json.dumps({"after GRPO": {"reward/total": 0.9}, **fewer}))
     again = run.run(runs.config(tmp_path, stages=("evaluate",), evaluate__prompts=6))
