@@ -75,7 +75,7 @@ def evaluate(config: Config, checkpoint: str = "", baseline: str = "", out: str 
     check_config(config)
     out = (out or f"{config.workdir}/evaluation").rstrip("/")
     with Watch(config.pod) as watch:
-        is_file = ".jsonl" in baseline.rsplit("/", 1)[-1]
+        is_file = baseline.endswith(".jsonl") or ".jsonl:" in baseline
         side = _read_baseline(baseline) if is_file and is_first() else None
         found = [policies.find(checkpoint, config)]
         if baseline and not is_file:
@@ -91,10 +91,10 @@ def evaluate(config: Config, checkpoint: str = "", baseline: str = "", out: str 
             _begin(folder, plan)
         for policy, bench in zip(found, benches, strict=True):
             _answer(policy, bench, folder)
-            files.push()
+            _push(files)
         if is_first():
             _finish(files.directory, found, side, benches[-1])
-        files.push()
+        _push(files)
     return files.directory
 
 
@@ -134,6 +134,12 @@ def _open(out: str) -> Files:
     return files
 
 
+def _push(files: Files) -> None:
+    """Process 0 alone: another host may hold old copies of the same files."""
+    if is_first():
+        files.push()
+
+
 def _same_prompts(benches: list[Bench]) -> list[Bench]:
     """The benches with the prompts that none of them dropped as too long for its tokenizer."""
     common = set.intersection(*({p.id for p in bench.test.prompts} for bench in benches))
@@ -153,12 +159,24 @@ def _check_common(side: Scored | None, bench: Bench) -> None:
             f"--baseline={side.name} has none of the held-out prompts: its ids are like "
             f"{side.rows[0]['id']!r}, theirs like {asked[0]!r}"
         )
+    paired.match(side.rows, side.rows, _fields(side))
+
+
+def _fields(side: Scored) -> list[str]:
+    """Those of `COMPARED` that a file of completions has as numbers."""
+    values = {name: [row.get(name) for row in side.rows] for name in COMPARED}
+    return [
+        name for name, column in values.items()
+        if any(v is not None for v in column)
+        and all(v is None or isinstance(v, int | float) for v in column)
+    ]
 
 
 def _plan(found: list[Policy], bench: Bench) -> dict[str, Any]:
     """What is evaluated, and by which settings."""
     config, prompts = bench.config, bench.test.prompts
-    text = json.dumps([[p.id, p.question, p.ground_truth] for p in prompts])
+    asked = [[p.id, [dict(m) for m in p.messages], p.question, p.ground_truth] for p in prompts]
+    text = json.dumps(asked)
     settings = {
         name: dataclasses.asdict(getattr(config, name)) for name in ("evaluate", "reward", "judge")
     }
@@ -223,10 +241,7 @@ def _finish(directory: Path, found: list[Policy], side: Scored | None, bench: Be
 
 def _compare(first: Scored, second: Scored, file: Path, seed: int) -> None:
     """Second against first, on the console and in `file`."""
-    held = [
-        name for name in COMPARED
-        if all(any(row.get(name) is not None for row in side.rows) for side in (first, second))
-    ]
+    held = [name for name in _fields(first) if name in _fields(second)]
     settings = argparse.Namespace(
         eps=EPS, rho=RHO, measures=",".join(held), seed=seed, resamples=paired.RESAMPLES
     )

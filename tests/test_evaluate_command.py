@@ -174,10 +174,11 @@ def test_a_baseline_of_scored_rows_is_compared_in_what_it_holds(trained, evaluat
     with file.open("w") as out:
         for row in past[:16]:  # 8 of the 12 prompts
             held = {k: row[k] for k in ("id", "user_welfare", "llm_welfare")}
-            out.write(json.dumps({**held, "label": "old"}) + "\n")
+            out.write(json.dumps({**held, "label": "team/old", "answer": "Paris"}) + "\n")
     config = runs.config(trained, **SAMPLED)  # without --checkpoint: what lies in its workdir
-    directory = command.evaluate(config, baseline=f"{file}:old", out=str(tmp_path / "out"))
+    directory = command.evaluate(config, baseline=f"{file}:team/old", out=str(tmp_path / "out"))
     found = json.loads((directory / "comparison.json").read_text())
+    # An `answer` that is text is no quality.
     assert set(found["differences"]) == {"user_welfare", "llm_welfare", "social_welfare"}
     assert found["pairs"] == 8 and found["second"]["ids_only_here"] == 4
     assert found["differences"]["user_welfare"]["first"] == pytest.approx(

@@ -7,6 +7,7 @@ numbers before and after training are about the same prompts.
 
 import dataclasses
 import json
+import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,8 @@ from gtalign_jax.data.batches import PromptSet
 from gtalign_jax.pod import exchange
 from gtalign_jax.training.collect import Collector, log_rows, summarise
 from gtalign_jax.training.metrics import read_rows
+
+log = logging.getLogger(__name__)
 
 EVALUATIONS_FILE = "evaluations.jsonl"
 
@@ -54,6 +57,9 @@ def evaluate(params: Any, collect: Collector, prompts: PromptSet, cfg: EvaluateC
       told: called after each batch with how many prompts are answered, and how many there are.
     """
     count = min(cfg.prompts or len(prompts), len(prompts))
+    if cfg.samples > 1 and not cfg.temperature:
+        log.warning("evaluate.samples=%d at evaluate.temperature=0: the completions of a prompt "
+                    "are all the same; set a temperature, such as 1.0", cfg.samples)
     # Evenly spread: held-out files follow each other, and each of them must be heard.
     wanted = [i * len(prompts) // count for i in range(count)]
     places, parts = [], []
