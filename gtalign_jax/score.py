@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from gtalign_jax.data.prompt import Prompt
+from gtalign_jax.data.sources import parse_line
 from gtalign_jax.game.welfare import AGGREGATIONS
 from gtalign_jax.reward import factors as factors_lib
 from gtalign_jax.reward.judges import Judge, JudgeConfig, make_judge
@@ -118,12 +119,9 @@ def _score_lines(
 
 def _read(line: bytes) -> tuple[dict[str, Any], str | None]:
     """(row, what is wrong with it)."""
-    try:
-        row = json.loads(line.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        return {}, f"not a JSON object: {error}"
-    if not isinstance(row, dict):
-        return {}, f"not a JSON object but a {type(row).__name__}"
+    row, problem = parse_line(line)
+    if problem is not None:
+        return {}, problem
     for name in ("data_source", "ground_truth", "completion"):
         if name not in row:
             return {}, f"field {name!r} is missing (fields: {', '.join(map(str, row)) or 'none'})"

@@ -146,8 +146,8 @@ def test_malformed_rows_are_reported_with_file_and_row_skipped_and_counted(tmp_p
         (row(reward_model={"ground_truth": " "}), "ground_truth is empty"),
         (row(extra_info=[1]), "extra_info is [1]"),
         (row(extra_info={"single_turn_prompt": 3}), "single_turn_prompt is 3"),
-        ("{not json", "not JSON"),
-        ("[1, 2]", "a list, no object"),
+        ("{not json", "not a JSON object: "),
+        ("[1, 2]", "not a JSON object but a list"),
     ]
     path = write_jsonl(tmp_path / "a.jsonl", [*(b for b, _ in bad), row()])
     (prompt,) = load_prompts(jsonl_config(path), "train")
@@ -166,8 +166,8 @@ def test_bytes_that_are_no_text_and_endless_nesting_cost_their_own_row_only(tmp_
     path.write_bytes(b"\n".join([b"\xef\xbb\xbf" + good, b'{"x": "\xff"}', b"[" * 100_000, good]))
     prompts = load_prompts(jsonl_config(path), "train")
     assert [prompt.id.rpartition(":")[2] for prompt in prompts] == ["0", "3"]
-    assert f"{path} row 1 skipped: not JSON" in caplog.text
-    assert f"{path} row 2 skipped: not JSON" in caplog.text
+    assert f"{path} row 1 skipped: not a JSON object" in caplog.text
+    assert f"{path} row 2 skipped: not a JSON object" in caplog.text
 
 
 def test_a_file_full_of_bad_rows_names_some_and_counts_all(tmp_path, caplog):

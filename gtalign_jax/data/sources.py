@@ -150,16 +150,21 @@ def read_jsonl(path: str) -> list[Row | MalformedRow]:
     rows: list[Row | MalformedRow] = []
     with open(path, "rb") as lines:  # bytes: a line that is no UTF-8 is a bad line, not a bad file
         for line in lines:
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8-sig"))
-            except (ValueError, RecursionError) as error:
-                rows.append(MalformedRow(f"not JSON: {error}"))
-                continue
-            is_object = isinstance(row, dict)
-            rows.append(row if is_object else MalformedRow(f"a {type(row).__name__}, no object"))
+            if line.strip():
+                row, problem = parse_line(line)
+                rows.append(row if problem is None else MalformedRow(problem))
     return rows
+
+
+def parse_line(line: bytes) -> tuple[dict[str, Any], str | None]:
+    """(the JSON object of a line, None), or ({}, what is wrong with the line)."""
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        return {}, f"not a JSON object: {error}"
+    if not isinstance(row, dict):
+        return {}, f"not a JSON object but a {type(row).__name__}"
+    return row, None
 
 
 def _files(cfg: DataConfig, split: str) -> list[str]:

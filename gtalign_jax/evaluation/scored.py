@@ -7,13 +7,14 @@ row is given. A line that is no row is left out and named with file and line.
 """
 
 import dataclasses
-import json
 import math
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from gtalign_jax.data.sources import parse_line
 
 WELFARES = ("user_welfare", "llm_welfare")
 
@@ -83,16 +84,11 @@ def _why_empty(path: Path, bad: Sequence[str], without_id: int) -> str:
 
 def _parse(line: bytes) -> tuple[dict[str, Any], str | None]:
     """(row, what is wrong with it)."""
-    try:
-        row = json.loads(line.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        return {}, f"not a JSON object: {error}"
-    if not isinstance(row, dict):
-        return {}, f"not a JSON object but a {type(row).__name__}"
+    row, problem = parse_line(line)
     for field in ("label", "sample"):  # rows are told apart by them
         if isinstance(row.get(field), dict | list):
             return {}, f"field {field!r} must be a number or a string, not {row[field]!r}"
-    return row, None
+    return row, problem
 
 
 def _problem(row: dict[str, Any]) -> str | None:
