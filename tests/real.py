@@ -99,6 +99,7 @@ RESPONSES = {
     "ambig_qa": ("Which one do you mean?", "It is the first."),
     "wildguard": ("I cannot help with that, but here is a safer way.", "No."),
     "medium": ("It is a good idea, and here is why.", "Which story do you want?"),
+    "abg-coqa": ("Which one do you mean?", "It is the first."),
 }
 
 
@@ -113,12 +114,16 @@ def chains(prompts) -> list[tuple]:
     return chosen
 
 
-def make_inputs(folder: Path, data: Path) -> None:
-    """MODEL, a random Qwen2 directory with its own tokenizer, and CHAINS, the cold start."""
+def make_inputs(folder: Path, data: Path, more: tuple[str, ...] = ()) -> None:
+    """MODEL, a random Qwen2 directory with its own tokenizer, and CHAINS, the cold start.
+
+    `more`: files besides TRAIN whose prompts the chain is taught on, too.
+    """
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    prompts = load_prompts(DataConfig(source="parquet", train=files(data, TRAIN)), "train")
+    source = DataConfig(source="parquet", train=files(data, (*TRAIN, *more)))
+    prompts = load_prompts(source, "train")
     examples = chains(prompts)
     with open(folder / "chains.jsonl", "w", encoding="utf-8") as out:
         for prompt, text in examples:

@@ -18,7 +18,7 @@ SOURCES = {*real.SOURCES, "minerva", "abg-coqa", "advbench"}
 PROMPTS = 42  # spread evenly over the 600 that are drawn of 3,048
 TRAIN = {
     "stages": "('sft',)", "model.compute_dtype": "float32", "data.train_size": 24,
-    "data.max_prompt_tokens": 1200, "sft.steps": 80, "sft.batch_size": 4,
+    "data.max_prompt_tokens": 1600, "sft.steps": 80, "sft.batch_size": 4,
     "sft.micro_batch_size": 0, "sft.learning_rate": 1e-2, "sft.decay": "cosine",
     "sft.warmup_updates": 5, "mesh.tensor": 1, "checkpoint.every": 80,
 }  # fmt: skip
@@ -35,7 +35,7 @@ def carried_out(module, config, settings, words, folder, data, judge) -> str:
     flags = {f"config.{key}": value for key, value in settings.items()} | words
     process = real.start(module, config, flags, folder, data, judge, log)
     try:
-        assert process.wait(400) == 0, log.read_text()
+        assert process.wait(900) == 0, log.read_text()
     finally:
         process.kill()
         process.wait()
@@ -83,7 +83,8 @@ def check_scores(rows, judge) -> None:
 @pytest.mark.hf
 def test_seven_real_sources_make_every_table_and_the_report(tmp_path, shared_dir):
     data, run, out = shared_dir / "data", tmp_path / "run", tmp_path / "out"
-    real.make_inputs(tmp_path, data)
+    # Its prompts are longer than all others: a chain learnt by heart does not reach so far.
+    real.make_inputs(tmp_path, data, more=("abg_coqa/test",))
     with real.serving() as judge:
         carried_out("gtalign_jax.main", "configs/tpu_v4.py:all", TRAIN | {
             "workdir": run, "model.path": tmp_path / "model",
