@@ -29,6 +29,8 @@ from gtalign_jax.pod import exchange
 from gtalign_jax.reward.judges import make_judge
 from gtalign_jax.training import checkpoint, collect, trainer
 
+BEATS_S = 2.0  # several heartbeats of the tests, also on a busy machine
+
 
 class Planted(Exception):
     pass
@@ -38,6 +40,8 @@ def fail(how: str) -> None:
     print(f"planted at {time.time():.3f}", flush=True)
     if how == "raise":
         raise Planted("a planted fault")
+    if how == "stop":  # the others can only know the phase of a process that still said where it is
+        time.sleep(BEATS_S)
     signals = {"stop": signal.SIGSTOP, "kill": signal.SIGKILL, "term": signal.SIGTERM}
     os.kill(os.getpid(), signals[how])
 

@@ -125,11 +125,13 @@ def test_a_run_killed_in_both_stages_ends_bit_for_bit_as_an_uninterrupted_one(
 ):
     again = command(tmp_path, examples)
     kill_at(again, tmp_path, "sft", 26)  # saved: 24 at the latest
-    kill_at(again, tmp_path, "grpo", 6)  # saved: 4; the evaluation after step 6 may be half done
+    kill_at(again, tmp_path, "grpo", 6)  # the evaluation after step 6 may be half done
+    # Step 4, unless a busy machine had not written it by then.
+    saved = [p.name for p in Path(checkpoint_dir(tmp_path, "grpo")).iterdir() if p.name.isdigit()]
     status, out = finish(again)
     assert status == 0, out
     assert "sft: continuing after step 60" in out
-    assert "grpo: continuing after step 4" in out
+    assert saved in ([], ["4"]) and ("grpo: continuing after step 4" in out) == bool(saved)
 
     grpo = runs.metrics(whole, "grpo")
     assert [row["step"] for row in grpo] == list(range(1, GRPO_STEPS + 1))

@@ -176,7 +176,7 @@ def test_storage_that_does_not_answer_is_not_taken_for_an_empty_one(tmp_path, ou
 def test_a_missing_driver_is_named_with_what_to_install(monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, "gcsfs", None)  # as where it is not installed
     monkeypatch.delitem(_registry, "gs", raising=False)
-    monkeypatch.setattr("gtalign_jax.command.from_flag", lambda _: runs.config("gs://bucket/run"))
+    monkeypatch.setattr("gtalign_jax.command.from_flag", lambda *_: runs.config("gs://bucket/run"))
     with pytest.raises(SystemExit) as status:
         command.main([])
     assert status.value.code == 2
