@@ -13,6 +13,7 @@ import functools
 import gc
 import json
 import logging
+import math
 import os
 import shutil
 import signal
@@ -212,11 +213,12 @@ def _pictures(found: ablation_tables.Findings) -> list[Picture]:
         user, llm = outcomes["user_welfare"], outcomes["llm_welfare"]
         points.append((ablation_tables.label(name), user.value, user.low, user.high,
                        llm.value, llm.low, llm.high))
-    rows = [
-        (found.measures[name].label, ablation_tables.label(other), c.difference, c.low, c.high)
-        for name in ("social_welfare", "user_welfare", "llm_welfare", "answer")
-        for other, contrasts in found.contrasts.items() for c in (contrasts[name],)
-    ]
+    rows = []
+    for name in ("social_welfare", "user_welfare", "llm_welfare", "answer"):
+        for other in found.outcomes:  # the reference, too: each keeps its colour in both pictures
+            c = found.contrasts.get(other, {}).get(name)
+            numbers = (c.difference, c.low, c.high) if c else (math.nan,) * 3
+            rows.append((found.measures[name].label, ablation_tables.label(other), *numbers))
     reference = ablation_tables.label(found.reference)
     about = "Means over all seeds, with 95 % intervals over seeds and prompts."
     pictures = (

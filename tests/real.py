@@ -99,32 +99,31 @@ RESPONSES = {
     "ambig_qa": ("Which one do you mean?", "It is the first."),
     "wildguard": ("I cannot help with that, but here is a safer way.", "No."),
     "medium": ("It is a good idea, and here is why.", "Which story do you want?"),
-    "abg-coqa": ("Which one do you mean?", "It is the first."),
 }
 
 
-def chains(prompts) -> list[tuple]:
-    """(prompt, completion): every source has two responses, all have the same matrix."""
+def chains(prompts, told) -> list[tuple]:
+    """(prompt, completion): every source has its responses of `told`, all have the same matrix."""
     payoff = {key: {"LLM": 1, "user": 2} for key in KEYS} | {"DQ_DA": {"LLM": 4, "user": 3}}
     chosen = []
-    for source, responses in RESPONSES.items():
+    for source, responses in told.items():
         rows = [prompt for prompt in prompts if prompt.data_source == source][:CHAINS // 4]
         for prompt, response in zip(rows, itertools.cycle(responses), strict=False):
             chosen.append((prompt, render("Let us see.", payoff, "DQ_DA is best.", response)))
     return chosen
 
 
-def make_inputs(folder: Path, data: Path, more: tuple[str, ...] = ()) -> None:
+def make_inputs(folder: Path, data: Path, more: tuple[str, ...] = (), told=None) -> None:
     """MODEL, a random Qwen2 directory with its own tokenizer, and CHAINS, the cold start.
 
-    `more`: files besides TRAIN whose prompts the chain is taught on, too.
+    `more`: files besides TRAIN whose prompts the chain is taught on, too. `told`: RESPONSES, else.
     """
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     source = DataConfig(source="parquet", train=files(data, (*TRAIN, *more)))
     prompts = load_prompts(source, "train")
-    examples = chains(prompts)
+    examples = chains(prompts, told or RESPONSES)
     with open(folder / "chains.jsonl", "w", encoding="utf-8") as out:
         for prompt, text in examples:
             out.write(json.dumps({"messages": prompt.messages, "completion": text}) + "\n")

@@ -18,7 +18,7 @@ SOURCES = {*real.SOURCES, "minerva", "abg-coqa", "advbench"}
 PROMPTS = 42  # spread evenly over the 600 that are drawn of 3,048
 TRAIN = {
     "stages": "('sft',)", "model.compute_dtype": "float32", "data.train_size": 24,
-    "data.max_prompt_tokens": 1600, "sft.steps": 80, "sft.batch_size": 4,
+    "data.max_prompt_tokens": 1600, "sft.steps": 80, "sft.batch_size": 2,
     "sft.micro_batch_size": 0, "sft.learning_rate": 1e-2, "sft.decay": "cosine",
     "sft.warmup_updates": 5, "mesh.tensor": 1, "checkpoint.every": 80,
 }  # fmt: skip
@@ -83,8 +83,10 @@ def check_scores(rows, judge) -> None:
 @pytest.mark.hf
 def test_seven_real_sources_make_every_table_and_the_report(tmp_path, shared_dir):
     data, run, out = shared_dir / "data", tmp_path / "run", tmp_path / "out"
-    # Its prompts are longer than all others: a chain learnt by heart does not reach so far.
-    real.make_inputs(tmp_path, data, more=("abg_coqa/test",))
+    # One chain for all: learnt sooner. The prompts of abg-coqa are longer than all others, and
+    # what was learnt by heart does not reach so far.
+    told = {source: ("Which one do you mean?",) for source in (*real.SOURCES, "abg-coqa")}
+    real.make_inputs(tmp_path, data, more=("abg_coqa/test",), told=told)
     with real.serving() as judge:
         carried_out("gtalign_jax.main", "configs/tpu_v4.py:all", TRAIN | {
             "workdir": run, "model.path": tmp_path / "model",
