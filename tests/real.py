@@ -116,7 +116,8 @@ def chains(prompts, told) -> list[tuple]:
 def make_inputs(folder: Path, data: Path, more: tuple[str, ...] = (), told=None) -> None:
     """MODEL, a random Qwen2 directory with its own tokenizer, and CHAINS, the cold start.
 
-    `more`: files besides TRAIN whose prompts the chain is taught on, too. `told`: RESPONSES, else.
+    `more`: files besides TRAIN whose prompts the chain is taught on, too. `told`: the responses by
+    source, by default RESPONSES.
     """
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
