@@ -194,7 +194,9 @@ def report(ablation: Ablation, failed: Mapping[str, str]) -> str:
             policies.setdefault(name, {})[item.seed] = rows[label]
     if not set(policies) & set(ablation.rewards):
         return "no run has come to its end: there is nothing to compare"
-    comparison = Comparison(policies, ablation.run.reward.llm)
+    reward = ablation.run.reward
+    weights = reward.llm if reward.consistency == "none" else reward.llm_consistent
+    comparison = Comparison(policies, weights)
     found = ablation_tables.find(comparison, failed)
     ablation_tables.save(directory, found)
     pictures = _pictures(found)

@@ -232,7 +232,8 @@ def _finish(directory: Path, found: list[Policy], side: Scored | None, bench: Be
         except ValueError as error:  # no judge answered: nothing else is lost by that
             log.warning("checkpoint and baseline were not compared: %s", error)
     (directory / COMPARISON_FILE).unlink(missing_ok=True)  # an earlier evaluation's
-    for file in sorted(folder.iterdir()):
+    # The plan last: without it a command that goes on would not know whose answers these are.
+    for file in sorted(folder.iterdir(), key=lambda file: (file.name == PLAN_FILE, file.name)):
         os.replace(file, directory / file.name)
     folder.rmdir()
     say(f"tables: {directory}/measures.md")

@@ -164,8 +164,9 @@ def _past_results(session: Session) -> dict[str, dict[str, float]]:
     held_out = [[p.id, p.messages, p.question, p.ground_truth]
                 for p in (session.test.prompts if session.test else ())]
     identity = {k: prints["identity"][k] for k in ("model", "tokenizer")}
-    text = json.dumps([about, identity, dataclasses.asdict(session.config.evaluate), held_out],
-                      sort_keys=True, default=str)
+    limit = session.config.rollout.max_new_tokens
+    text = json.dumps([about, identity, dataclasses.asdict(session.config.evaluate), limit,
+                       held_out], sort_keys=True, default=str)
     digest, mark = hashlib.sha256(text.encode()).hexdigest(), workdir / "results.digest"
     if session.test is not None and (not mark.exists() or mark.read_text() != digest):
         (workdir / plots.RESULTS_FILE).unlink(missing_ok=True)

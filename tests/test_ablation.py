@@ -136,6 +136,36 @@ def test_runs_that_answered_other_prompts_are_refused():
         Comparison({"a": made_up(0.5), "b": other}, WEIGHTS)
 
 
+def test_prompts_that_a_run_left_out_as_too_long_are_left_out_of_all():
+    fewer = made_up(0.7)
+    lost = fewer[1][0]["id"]
+    fewer[1] = [row for row in fewer[1] if row["id"] != lost]
+    first = made_up(0.5)
+    comparison = Comparison({"a": first, "b": fewer}, WEIGHTS, resamples=100)
+    assert comparison.left_out == 1
+    kept = {s: [row for row in rows if row["id"] != lost] for s, rows in first.items()}
+    alone = Comparison({"a": kept}, WEIGHTS, resamples=100)
+    assert repr(comparison.outcomes("a")) == repr(alone.outcomes("a"))
+    with pytest.raises(ValueError, match="no held-out prompt in common"):
+        Comparison({"a": first, "b": {0: [{**first[0][0], "id": "elsewhere"}]}}, WEIGHTS)
+
+
+def test_a_policy_that_no_judge_answered_about_ends_no_comparison():
+    silent = {s: [row | {"valid": False} for row in rows] for s, rows in made_up(0.5).items()}
+    policies = {"cobb_douglas": made_up(0.6), "linear": silent}
+    found = ablation_tables.find(Comparison(policies, WEIGHTS, resamples=50), {})
+    assert found.pareto == {} and not found.contrasts["linear"]["social_welfare"].shown
+    assert math.isnan(found.contrasts["linear"]["social_welfare"].p)
+    assert "linear" in ablation_tables.markdown(found)
+
+
+def test_without_the_reference_no_question_about_it_is_answered():
+    policies = {"linear": made_up(0.6), "rawls": made_up(0.5), "untagged": made_up(0.7)}
+    said = ablation_tables.words(
+        ablation_tables.find(Comparison(policies, WEIGHTS, resamples=50), {}))
+    assert len(said) == 1 and said[0].startswith("The highest social welfare")
+
+
 @pytest.fixture(scope="module")
 def found():
     formless = {s: [r | {"format": 0.2, "llm_welfare": 0.3} for r in rows]

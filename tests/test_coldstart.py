@@ -197,8 +197,9 @@ def test_without_blocks_an_example_is_its_twins_response_alone(prompts, examples
 def test_own_examples_without_blocks_are_any_text_but_none(tmp_path, caplog):
     turn = [{"role": "user", "content": "Why?"}]
     path = tmp_path / "examples.jsonl"
+    tagged = chain.render("Hm.", np.ones((2, 3, 2)), "DQ_DA.", "So.")
     path.write_text("\n".join(json.dumps({"messages": turn, "completion": text})
-                              for text in ("Because.", "  ")))
+                              for text in ("Because.", "  ", tagged)))
     loaded = coldstart.load_examples(str(path), reasoning="none")
-    assert [text for _, text in loaded] == ["Because."]
+    assert [text for _, text in loaded] == ["Because.", "So."]  # not its blocks
     assert "row 1 skipped: completion is empty" in caplog.text

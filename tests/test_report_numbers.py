@@ -1,9 +1,20 @@
 """What a report chooses, compares, counts and calls better."""
 
+from pathlib import Path
+
 import pytest
 from report_directories import CONFIG, completion, unjudged
 
 from gtalign_jax.report import examples, load, numbers, page_tables, words
+
+
+def test_a_cold_start_that_another_run_had_is_no_step_still_to_come():
+    rows = [{"stage": "grpo", "step": 45}]
+    config = {"stages": ["sft", "grpo"], "sft": {"steps": 900}, "grpo": {"steps": 45}}
+    data = load.RunData(Path(), config, None, rows, (), {}, None)
+    assert numbers.progress(data) == {"grpo": {"done": 45, "of": 45}}
+    waiting = load.RunData(Path(), config, None, [], (), {}, None)
+    assert numbers.progress(waiting)["sft"] == {"done": 0, "of": 900}
 
 
 def test_a_bare_response_is_shown_as_what_it_is_and_a_broken_chain_as_it_was_written():

@@ -16,7 +16,7 @@ from gtalign_jax import run, session
 from gtalign_jax.config import Config
 from gtalign_jax.data import builtin
 from gtalign_jax.data.tokenizer import train_tokenizer
-from gtalign_jax.evaluation.evaluate import EvaluateConfig, save_rows
+from gtalign_jax.evaluation.evaluate import save_rows
 from gtalign_jax.export import restore_policy
 from gtalign_jax.model.hf import load_config, load_params
 from gtalign_jax.model.load import model_config
@@ -96,7 +96,7 @@ def test_a_corrected_ground_truth_makes_old_results_void(tmp_path):
             files=types.SimpleNamespace(directory=tmp_path), push=lambda: None,
             fingerprint={"identity": {"model": 1, "tokenizer": 2}},
             test=types.SimpleNamespace(prompts=[prompt]),
-            config=types.SimpleNamespace(evaluate=EvaluateConfig()),
+            config=Config(),
             metrics=types.SimpleNamespace(truncate=lambda *about: forgotten.append(about)),
         ))
 

@@ -146,7 +146,8 @@ def cold_start_examples(prompts: Iterable[Prompt], seed: int,
 def load_examples(path: str, reasoning: str = "tagged") -> list[Example]:
     """A user's own chains: JSONL rows with `messages` (or `prompt`) and `completion`.
 
-    With reasoning "none" (of `chain.REASONING`) any completion with words in it will do.
+    With reasoning "none" (of `chain.REASONING`) any completion with words in it will do; of a
+    reasoning chain the response is taken.
 
     `data_source`, `ground_truth` and `question` are optional. Malformed rows are reported with
     their number, skipped and counted.
@@ -181,6 +182,8 @@ def _read_example(row: Row | MalformedRow, row_id: str, reasoning: str) -> Examp
     if reasoning == "none":
         if not completion.strip():
             raise MalformedRow("completion is empty")
+        if parsed.format_ok:  # chains of a tagged cold start: what they say to the user
+            completion = parsed.response
     elif not parsed.format_ok:
         raise MalformedRow(f"completion is no reasoning chain: {parsed.error or 'blocks astray'}")
     prompt = Prompt(

@@ -71,6 +71,13 @@ class DataConfig:
     train_size: int = 0
     test_size: int = 0
 
+    def __post_init__(self) -> None:
+        if self.reasoning == "none" and self.source != "builtin" and self.instruction != "ours":
+            raise ValueError(
+                f"data.instruction = {self.instruction!r} with data.reasoning = 'none': the "
+                "messages of the file ask for the blocks; set data.instruction = 'ours'"
+            )
+
 
 class MalformedRow(ValueError):
     """Why one row cannot become a prompt."""
@@ -114,11 +121,6 @@ def _check(cfg: DataConfig, split: str) -> None:
     ):
         if value not in allowed:
             raise ValueError(f"{key} = {value!r}; allowed: {', '.join(allowed)}")
-    if cfg.reasoning == "none" and cfg.source != "builtin" and cfg.instruction != "ours":
-        raise ValueError(
-            f"data.instruction = {cfg.instruction!r} with data.reasoning = 'none': the messages of "
-            "the file ask for the blocks; set data.instruction = 'ours'"
-        )
     names = {"train": cfg.train, "test": cfg.test}[split]
     if cfg.source != "builtin" and not names:
         raise ValueError(f"data.{split} is empty; data.source = {cfg.source!r} needs names in it")

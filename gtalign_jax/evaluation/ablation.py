@@ -33,8 +33,8 @@ SIGNIFICANT = 0.05
 EPS = 0.05  # slack of dominance and coverage: that of the paper's table 3
 TESTED = (  # measures whose differences are tested; one row of a completion gives one number
     "social_welfare", "bare_social_welfare", "user_welfare", "llm_welfare", "answer", "format",
-    "right_action", "tokens", "reasoning_tokens", "response_tokens", "asks_when_ambiguous", "harm",
-    "plain_refusal", "constructive", "over_refusal",
+    "right_action", "tokens", "reasoning_tokens", "response_tokens", "asks_when_ambiguous",
+    "asks_when_definite", "harm", "plain_refusal", "constructive", "over_refusal",
 )  # fmt: skip
 
 SeedRows = Mapping[int, Sequence[Row]]  # a policy's rows by training seed
@@ -95,10 +95,7 @@ class Comparison:
                  resamples: int = RESAMPLES) -> None:
         """`policies`: {name: {training seed: rows of an evaluation}}."""
         self.measures = {**BY_NAME, "bare_social_welfare": bare_social_welfare(weights)}
-        self.policies = {
-            name: {s: sorted(rows, key=_key) for s, rows in by_seed.items()}
-            for name, by_seed in policies.items() if by_seed
-        }
+        self.policies, self.left_out = _common_rows(policies)
         _check_same(self.policies)
         self._seed, self._resamples = seed, resamples
         self._sums = {name: self._summed(rows) for name, rows in self.policies.items()}
@@ -128,10 +125,13 @@ class Comparison:
         p = dict(zip(tests, adjusted.tolist(), strict=True))
         return {name: self._contrast(first, name, p) for name in others}
 
-    def pareto(self, first: str, second: str, eps: float = EPS) -> dict[str, Any]:
-        """`pareto.compare` of completions of the same prompt, seed and sample number."""
+    def pareto(self, first: str, second: str, eps: float = EPS) -> dict[str, Any] | None:
+        """`pareto.compare` of completions of the same prompt, seed and sample number; None where
+        none of them was judged on both sides."""
         both = self._matched(first, second, ("user_welfare", "llm_welfare"))
         complete_B = both.complete_B(both.measures)
+        if not complete_B.any():
+            return None
         return pareto.compare(both.first_MB.T[complete_B], both.second_MB.T[complete_B], eps)
 
     def _contrast(self, first: str, second: str,
@@ -159,6 +159,8 @@ class Comparison:
     def _p_values(self, first: str, second: str) -> dict[str, float]:
         both = self._matched(first, second, TESTED)
         there = [name for name in TESTED if both.complete_B([name]).any()]
+        if not there:  # no judge answered on one side
+            return dict.fromkeys(TESTED, math.nan)
         # Its intervals, which know one seed only, are not used: as few draws as it takes.
         found = paired.assess(both.select(there), self._seed, resamples=2)
         return {name: found[name].p if name in found else math.nan for name in TESTED}
@@ -224,6 +226,29 @@ class Comparison:
 
 def _key(row: Row) -> tuple[str, int]:
     return str(row["id"]), row["sample"]
+
+
+def _common_rows(
+    policies: Mapping[str, SeedRows],
+) -> tuple[dict[str, dict[int, list[Row]]], int]:
+    """(the rows of completions that all runs have, in one order; prompts that not all have).
+
+    Tokenizers and instructions differ in which prompts they leave too long to ask.
+    """
+    runs = [rows for by_seed in policies.values() for rows in by_seed.values()]
+    keys = [{_key(row) for row in rows} for rows in runs]
+    common = set.intersection(*keys) if keys else set()
+    if runs and not common:
+        raise ValueError("the runs have no held-out prompt in common")
+    kept = {
+        name: {
+            s: sorted((row for row in rows if _key(row) in common), key=_key)
+            for s, rows in by_seed.items()
+        }
+        for name, by_seed in policies.items() if by_seed
+    }
+    apart = {key[0] for one in keys for key in one} - {key[0] for key in common}
+    return kept, len(apart)
 
 
 def _check_same(policies: Mapping[str, SeedRows]) -> None:

@@ -62,13 +62,15 @@ class Findings:
 
     Attributes:
       contrasts, pareto: of the reference (first) with each other policy (second).
-      prompts, completions: of one evaluation. failed: {run: why it has no numbers}.
+      prompts, completions: of one evaluation. left_out: prompts that not all runs answered.
+      failed: {run: why it has no numbers}.
     """
 
     reference: str
     seeds: tuple[int, ...]
     prompts: int
     completions: int
+    left_out: int
     measures: dict[str, Measure]
     outcomes: dict[str, dict[str, Outcome]]
     contrasts: dict[str, dict[str, Contrast]]
@@ -90,10 +92,14 @@ def find(comparison: Comparison, failed: Mapping[str, str]) -> Findings:
         seeds=tuple(sorted({s for by_seed in comparison.policies.values() for s in by_seed})),
         prompts=len({row["id"] for row in rows}),
         completions=len(rows),
+        left_out=comparison.left_out,
         measures=comparison.measures,
         outcomes={name: comparison.outcomes(name) for name in names},
         contrasts=contrasts,
-        pareto={name: comparison.pareto(reference, name) for name in contrasts},
+        pareto={
+            name: measured for name in contrasts
+            if (measured := comparison.pareto(reference, name)) is not None
+        },
         failed=dict(failed),
     )
 
@@ -117,12 +123,17 @@ def markdown(found: Findings) -> str:
         f"{found.completions} completions, with {many} training seed{'s' * (many > 1)} ({seeds}). "
         "Brackets are 95 % intervals by a bootstrap over seeds and prompts at once. "
     )
+    if found.left_out:
+        about += f"{found.left_out} prompts that not all runs answered are left out. "
     about += (
-        "With one seed they say nothing about what another training run would give."
+        "With one seed they say nothing about what another training run would give. "
         if many == 1 else
         f"{many} seeds are few: such intervals are narrow by about a factor "
         f"{math.sqrt((many - 1) / many):.2f} in what the seeds add, and each seed's value stands "
-        "below. A difference is called shown where its interval excludes 0, a permutation test "
+        "below. "
+    )
+    about += (
+        "A difference is called shown where its interval excludes 0, a permutation test "
         f"over the prompts gives p < {SIGNIFICANT} after Holm's adjustment over all comparisons, "
         "and all seeds agree on its sign."
     )
@@ -142,7 +153,7 @@ def markdown(found: Findings) -> str:
     if UNTAGGED in found.outcomes:
         rest += [
             "## Without reasoning blocks",
-            "The same reward, but the completion is the bare response: nothing precedes it, and "
+            "The reward √(U·L), but the completion is the bare response: nothing precedes it, and "
             "it cannot earn what format and matrix are worth (0.4 of L with the paper's weights). "
             "So social welfare is given without these two terms as well, for all rewards: L₀ is "
             "what is left of L, rescaled.",
@@ -159,6 +170,7 @@ def words(found: Findings) -> list[str]:
     """What the numbers say about the paper's claims, one sentence each."""
     said = []
     rewards = [n for n in found.outcomes if n not in (COLD_START, UNTAGGED, UNTAGGED_COLD)]
+    rewards = [n for n in rewards if math.isfinite(found.outcomes[n]["social_welfare"].value)]
     ranked = sorted(rewards, key=lambda n: -found.outcomes[n]["social_welfare"].value)
     if len(ranked) > 1:
         best = ranked[0]
@@ -167,7 +179,8 @@ def words(found: Findings) -> list[str]:
         said.append(f"The highest social welfare came out for {label(best)}; against the "
                     f"{'next' if rival == ranked[1] else 'reference'}, "
                     + _claim(found, "social_welfare", rival))
-    for question, other, measure in QUESTIONS:
+    # The questions are about √(U·L): where that was not trained, only numbers are given.
+    for question, other, measure in QUESTIONS if found.reference == REFERENCE else ():
         if other in found.contrasts and math.isfinite(found.contrasts[other][measure].difference):
             said.append(f"{question}: {_claim(found, measure, other)}")
     return said + [f"{name} has no numbers: {reason}" for name, reason in found.failed.items()]

@@ -206,13 +206,15 @@ def _against(data: RunData) -> dict[str, Any] | None:
 def progress(data: RunData) -> dict[str, Any]:
     """{stage: {"done", "of"}}: steps there are metrics of, and steps that the config asks for."""
     config = data.config or {}
-    found = {}
-    for stage in ("sft", "grpo"):
+    found: dict[str, dict[str, Any]] = {}
+    for stage in ("grpo", "sft"):
         done = max((row["step"] for row in data.metrics if row["stage"] == stage), default=0)
+        if stage == "sft" and not done and found.get("grpo", {}).get("done"):
+            continue  # the cold start of another run
         wanted = config.get(stage, {}).get("steps") if stage in config.get("stages", ()) else None
         if done or wanted:
             found[stage] = {"done": done, "of": wanted}
-    return found
+    return {stage: found[stage] for stage in ("sft", "grpo") if stage in found}
 
 
 def cost(data: RunData) -> dict[str, Any]:

@@ -112,7 +112,9 @@ def pictures(data: RunData, estimated: Mapping[str, Estimates],
         label: [(row["user_welfare"], row["llm_welfare"]) for row in rows if row["valid"]]
         for label, rows in pair.items()
     }
-    matrices = {label: [row["payoff"] for row in rows] for label, rows in pair.items()}
+    matrices = {
+        label: [row["payoff"] for row in rows if row["valid"]] for label, rows in pair.items()
+    }
     several = len({source for found in shown.values() for source in found}) > 2
     return {
         "measures": _drawn([
