@@ -32,6 +32,7 @@ from gtalign_jax.config import Config, check, define_flag, parse_flags
 from gtalign_jax.evaluation import ablation_tables
 from gtalign_jax.evaluation.ablation import Comparison
 from gtalign_jax.evaluation.measures import Row, by_label
+from gtalign_jax.evaluation.tables import write_whole
 from gtalign_jax.freeze import ConfigError, to_dict
 from gtalign_jax.model.sharding import slice_count
 from gtalign_jax.pod import exchange
@@ -114,9 +115,7 @@ def _train(item: Run) -> Note:
         _say(f"failed: {reason}")
     note = Note(config=_settings(config), seconds=time.monotonic() - began, failed=reason)
     if is_first():
-        partial = Path(config.workdir) / f"{NOTE_FILE}.partial"
-        partial.write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
-        partial.replace(Path(config.workdir) / NOTE_FILE)
+        write_whole(Path(config.workdir) / NOTE_FILE, json.dumps(note, indent=2) + "\n")
     gc.collect()  # the next run makes its own functions: what these have compiled is of no use
     jax.clear_caches()
     return note

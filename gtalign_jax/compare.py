@@ -18,7 +18,6 @@ import argparse
 import dataclasses
 import json
 import math
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,8 +31,10 @@ from rich.table import Table
 from gtalign_jax.evaluation import paired, pareto
 from gtalign_jax.evaluation.paired import Difference
 from gtalign_jax.evaluation.scored import WELFARES, Scored, read
+from gtalign_jax.evaluation.tables import write_whole
 
 MEASURES = (*WELFARES, "social_welfare")
+RHO = -1.0  # exponent of CES welfare
 SHOWN = 10  # bad lines that are named one by one
 
 
@@ -69,8 +70,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("first", type=Path, metavar="FIRST.jsonl")
     add("second", type=Path, metavar="SECOND.jsonl")
-    add("--eps", type=float, default=0.05, help="slack of dominance and coverage (%(default)s)")
-    add("--rho", type=float, default=-1.0, help="exponent of CES welfare; 0, inf, -inf allowed")
+    add("--eps", type=float, default=pareto.EPS,
+        help="slack of dominance and coverage (%(default)s)")
+    add("--rho", type=float, default=RHO, help="exponent of CES welfare; 0, inf, -inf allowed")
     add("--json", type=Path, help="write all figures to this file")
     add("--first-label", help="compare only FIRST's rows with this `label`")
     add("--second-label", help="compare only SECOND's rows with this `label`")
@@ -209,7 +211,7 @@ def _table(title: str, columns: Sequence[str]) -> Table:
 def _differences(title: str, differences: dict[str, Difference]) -> Table:
     out = _table(title, ("measure", "first", "second", "difference", "p", "adjusted p", "prompts"))
     for name, d in differences.items():
-        clear = d.p_adjusted < 0.05
+        clear = d.p_adjusted < paired.SIGNIFICANT
         out.add_row(
             name, f"{d.first:.4f} {_interval(d.first_low, d.first_high)}",
             f"{d.second:.4f} {_interval(d.second_low, d.second_high)}",
@@ -254,12 +256,10 @@ def _pareto(found: dict[str, Any]) -> Table:
 
 
 def save(path: Path, found: dict[str, Any]) -> None:
-    """Beside first: a file that was there stays whole until the new one is."""
+    """A file that was there stays whole until the new one is."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
     text = json.dumps(_plain(found), indent=2, allow_nan=False, ensure_ascii=False)
-    partial.write_text(text + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(path, text + "\n")
 
 
 def _plain(value: Any) -> Any:

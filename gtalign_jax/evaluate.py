@@ -42,7 +42,7 @@ from rich.console import Console
 from gtalign_jax import compare, policies, report
 from gtalign_jax.command import carry_out
 from gtalign_jax.config import Config, define_flag, parse_flags, save_run_info
-from gtalign_jax.evaluation import paired, scored, tables
+from gtalign_jax.evaluation import paired, pareto, scored, tables
 from gtalign_jax.evaluation.evaluate import EVALUATIONS_FILE
 from gtalign_jax.evaluation.measures import by_label
 from gtalign_jax.evaluation.scored import Scored
@@ -50,6 +50,7 @@ from gtalign_jax.pod import exchange
 from gtalign_jax.pod.exchange import is_first
 from gtalign_jax.pod.watch import Watch
 from gtalign_jax.policies import Policy
+from gtalign_jax.report.load import COMPARISON_FILE
 from gtalign_jax.session import Bench, check_config, keep_programs, open_bench
 from gtalign_jax.training.metrics import METRICS_FILE, read_rows
 from gtalign_jax.workdir import Files, is_dir
@@ -57,12 +58,11 @@ from gtalign_jax.workdir import Files, is_dir
 log = logging.getLogger(__name__)
 
 UNFINISHED = "unfinished"
-COMPARISON_FILE, PLAN_FILE = "comparison.json", "evaluation.json"
+PLAN_FILE = "evaluation.json"
 COMPARED = (  # fields of a row that are tested for a difference, where both sides have them
     *compare.MEASURES, "answer", "format", "right_action", "matrix_quality", "tokens",
     "reasoning_tokens", "response_tokens",
 )  # fmt: skip
-EPS, RHO = 0.05, -1.0  # of the Pareto measures, as `python -m gtalign_jax.compare` has them
 
 
 def evaluate(config: Config, checkpoint: str = "", baseline: str = "", out: str = "") -> Path:
@@ -244,7 +244,8 @@ def _compare(first: Scored, second: Scored, file: Path, seed: int) -> None:
     """Second against first, on the console and in `file`."""
     held = [name for name in _fields(first) if name in _fields(second)]
     settings = argparse.Namespace(
-        eps=EPS, rho=RHO, measures=",".join(held), seed=seed, resamples=paired.RESAMPLES
+        eps=pareto.EPS, rho=compare.RHO, measures=",".join(held), seed=seed,
+        resamples=paired.RESAMPLES,
     )
     found = compare.compare(first, second, settings)
     compare.save(file, found)

@@ -11,9 +11,10 @@ import pytest
 from matplotlib.image import imread
 
 from gtalign_jax.evaluation.measures import BY_NAME, OVERALL, Estimate, estimates
+from gtalign_jax.evaluation.pareto import joint_frontier
 from gtalign_jax.game.chain import KEYS
 from gtalign_jax.report import figures, ink
-from gtalign_jax.report.figures_plane import clumps, frontier
+from gtalign_jax.report.figures_plane import clumps
 from gtalign_jax.report.figures_time import KIND_HATCHES, PANELS, pooled
 from gtalign_jax.reward.rules import RESPONSE_KINDS, RIGHT_KINDS
 
@@ -313,7 +314,7 @@ def brute_frontier(points):
 @pytest.mark.parametrize("seed", range(5))
 def test_frontiers_equal_brute_force_also_with_ties(seed):
     points = np.random.default_rng(seed).integers(0, 6, size=(30, 2)) / 5
-    assert [tuple(p) for p in frontier(points)] == brute_frontier(points.tolist())
+    assert [tuple(p) for p in joint_frontier(points)] == brute_frontier(points.tolist())
 
 
 def test_the_welfare_plane_draws_frontiers_of_all_points_and_means(drawn):

@@ -29,8 +29,6 @@ from gtalign_jax.reward.factors import LLMWeights
 
 RESAMPLES = 2000
 LEVEL = 0.95
-SIGNIFICANT = 0.05
-EPS = 0.05  # slack of dominance and coverage: that of the paper's table 3
 TESTED = (  # measures whose differences are tested; one row of a completion gives one number
     "social_welfare", "bare_social_welfare", "user_welfare", "llm_welfare", "answer", "format",
     "right_action", "tokens", "reasoning_tokens", "response_tokens", "asks_when_ambiguous",
@@ -125,7 +123,7 @@ class Comparison:
         p = dict(zip(tests, adjusted.tolist(), strict=True))
         return {name: self._contrast(first, name, p) for name in others}
 
-    def pareto(self, first: str, second: str, eps: float = EPS) -> dict[str, Any] | None:
+    def pareto(self, first: str, second: str, eps: float = pareto.EPS) -> dict[str, Any] | None:
         """`pareto.compare` of completions of the same prompt, seed and sample number; None where
         none of them was judged on both sides."""
         both = self._matched(first, second, ("user_welfare", "llm_welfare"))
@@ -151,7 +149,7 @@ class Comparison:
             out[measure] = Contrast(
                 float(one_M[m]), float(two_M[m]), float(two_M[m] - one_M[m]), float(low_M[m]),
                 float(high_M[m]), p_value, by_seed,
-                shown=bool((low_M[m] > 0 or high_M[m] < 0) and p_value < SIGNIFICANT
+                shown=bool((low_M[m] > 0 or high_M[m] < 0) and p_value < paired.SIGNIFICANT
                            and all(sign * d > 0 for d in by_seed.values())),
             )
         return out

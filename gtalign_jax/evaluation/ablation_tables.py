@@ -15,9 +15,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gtalign_jax.evaluation.ablation import EPS, SIGNIFICANT, Comparison, Contrast, Outcome
+from gtalign_jax.evaluation.ablation import Comparison, Contrast, Outcome
 from gtalign_jax.evaluation.measures import Measure
+from gtalign_jax.evaluation.paired import SIGNIFICANT
+from gtalign_jax.evaluation.pareto import EPS
 from gtalign_jax.evaluation.tables import markdown_table, write_whole
+from gtalign_jax.training.metrics import jsonable
 
 COLD_START, UNTAGGED, UNTAGGED_COLD = "cold_start", "untagged", "untagged_cold_start"
 REFERENCE = "cobb_douglas"
@@ -311,16 +314,4 @@ def as_json(found: Findings) -> dict[str, Any]:
         for field in dataclasses.fields(found) if field.name != "measures"
     }
     labels = {name: m.label.strip() for name, m in found.measures.items()}
-    return _plain({**whole, "measures": labels, "words": words(found)})
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        return _plain(dataclasses.asdict(value))
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+    return jsonable({**whole, "measures": labels, "words": words(found)})

@@ -24,6 +24,7 @@ import scipy.stats
 MEASURES = ("user_welfare", "llm_welfare", "reward")
 RESAMPLES = 2000
 LEVEL = 0.95
+SIGNIFICANT = 0.05  # a difference is more than luck with p, after Holm's adjustment, below this
 PERMUTATIONS = 9999  # at least RESAMPLES, and this many where they cost little: the smallest p that
 SWAPS = 20_000_000  # can come out is 2 / (permutations + 1), which Holm multiplies by the tests
 BATCH_BYTES = 64 << 20  # what the permutation test may hold at a time

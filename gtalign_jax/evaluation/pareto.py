@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+EPS = 0.05  # the usual slack of dominance and coverage: that of the paper's table 3
 WELFARE_FLOOR = 1e-9  # added before roots and logarithms: a side that gets nothing is no -infinity
 SIDES = ("file1", "file2")
 

@@ -7,7 +7,6 @@ number that does not exist is empty (CSV) or null (JSON).
 """
 
 import csv
-import dataclasses
 import io
 import json
 import math
@@ -31,6 +30,7 @@ from gtalign_jax.evaluation.measures import (
     action_table,
     estimates,
 )
+from gtalign_jax.training.metrics import jsonable
 
 BY_SOURCE = (  # the columns of the tables by source: the paper's
     "format", "answer", "user_welfare", "llm_welfare", "social_welfare", "tokens",
@@ -169,17 +169,4 @@ def csv_text(groups: Groups) -> str:
 
 def as_json(groups: Groups) -> dict[str, Any]:
     """{label: {source: {measure: {value, low, high, count, prompts}}}}, null for NaN."""
-    return {
-        label: {
-            source: {
-                name: {key: _finite(value) for key, value in dataclasses.asdict(e).items()}
-                for name, e in found.items()
-            }
-            for source, found in group.items()
-        }
-        for label, group in groups.items()
-    }
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+    return jsonable(groups)

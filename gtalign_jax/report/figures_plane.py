@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
+from gtalign_jax.evaluation.pareto import joint_frontier
 from gtalign_jax.report import ink
 from gtalign_jax.report.ink import Picture
 
@@ -42,7 +43,7 @@ def welfare_plane(groups: Mapping[str, Any], name: str = "welfare_plane",
         areas = 9 + 300 * counts / len(cloud)
         axes.scatter(*places[:MOST_SHOWN].T, areas[:MOST_SHOWN], look.color, alpha=0.4,
                      marker=look.marker, linewidths=0)
-        stairs = frontier(cloud)
+        stairs = joint_frontier(cloud)
         ends = np.array([[limits[0], stairs[0, 1]], *stairs, [stairs[-1, 0], limits[2]]])
         axes.step(*ends.T, where="pre", color=look.color, linestyle=look.dash, linewidth=2)
         handles.append(Line2D([], [], color=look.color, linestyle=look.dash, marker=look.marker,
@@ -100,16 +101,6 @@ def plane_points(name: str, title: str, points: Sequence[PlanePoint],
     told = "; ".join(f"{ink.short(p[0])}: user {p[1]:.3f}, LLM {p[4]:.3f}" for p in kept)
     grey = "Grey curves join points of equal social welfare √(U·L)."
     return ink.draw(name, title, f"{caption} {grey}".strip(), f"{title}. {told}.", figure)
-
-
-def frontier(points_N2: np.ndarray) -> np.ndarray:
-    """The points that no other dominates (>= in both, > in one), once each, by rising user
-    welfare, hence by falling LLM welfare."""
-    kept: list[np.ndarray] = []
-    for point in sorted(points_N2.tolist(), key=lambda p: (-p[0], -p[1])):
-        if not kept or point[1] > kept[-1][1]:
-            kept.append(point)
-    return np.array(kept[::-1])
 
 
 def clumps(points_N2: np.ndarray, width: float = 0.01) -> tuple[np.ndarray, np.ndarray]:

@@ -6,7 +6,6 @@ Everything is made of strings, finite numbers, lists and dicts, None where a num
 the page, the JSON and the CSV files cannot disagree, because they are written from this.
 """
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,11 +24,10 @@ from gtalign_jax.evaluation.measures import (
 )
 from gtalign_jax.report.load import ReportError, RunData, step_of
 from gtalign_jax.reward.tasks import TASKS
+from gtalign_jax.training.metrics import jsonable
 from gtalign_jax.training.plots import AFTER, BEFORE, COLD_START
 
 Row = Mapping[str, Any]
-EPS = 0.05  # slack of dominance and coverage, as in the paper's comparison
-SIGNIFICANT = 0.05
 MOST_LABELS = 5  # side by side in a table
 OF_PAIR = (
     "on_joint_frontier", "epsilon_coverage", "avg_regret_Linf", "hypervolume_exact", "NSW_avg",
@@ -98,17 +96,6 @@ def shown_labels(labels: Sequence[str]) -> list[str]:
     return [label for label in kept if label not in first or label in first[:room]]
 
 
-def finite(value: Any) -> Any:
-    """The same with None for every number that is not finite."""
-    if isinstance(value, Mapping):
-        return {str(key): finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
 def _seed(data: RunData) -> int:
     """The run's own, as its other tables have it."""
     return (data.config or {}).get("seed", 0)
@@ -143,8 +130,7 @@ def _pair(data: RunData, before: str, after: str) -> dict[str, Any] | None:
         "only_after": len(matching.only_second),
         "samples_unmatched": matching.samples_unmatched,
         "differences": {
-            source: {name: finite(dataclasses.asdict(d)) for name, d in part.items()}
-            for source, part in found.items()
+            source: jsonable(part) for source, part in found.items()
         },
     }
 
@@ -185,7 +171,7 @@ def _pareto(data: RunData, before: str, after: str) -> dict[str, Any] | None:
         return None
     points = [np.stack([x[0, both_B], x[1, both_B]], axis=1)
               for x in (matching.first_MB, matching.second_MB)]
-    return finite(pareto.compare(*points, EPS))
+    return jsonable(pareto.compare(*points, pareto.EPS))
 
 
 def _against(data: RunData) -> dict[str, Any] | None:

@@ -25,6 +25,7 @@ from gtalign_jax.evaluation.measures import BY_NAME, OVERALL, Estimates, social_
 from gtalign_jax.report import examples, figures, numbers, page_tables, words
 from gtalign_jax.report.ink import Picture
 from gtalign_jax.report.load import RunData
+from gtalign_jax.training.metrics import jsonable
 
 PAGE, JSON = "report.html", "report.json"
 TILES = ("social_welfare", "user_welfare", "llm_welfare", "answer", "format", "right_action")
@@ -79,7 +80,7 @@ def compose(data: RunData) -> Report:
     )
     return Report(
         html=_UNFIT.sub("\ufffd", html.lstrip()),
-        numbers=numbers.finite(whole),
+        numbers=jsonable(whole),
         tables=_csv_files(found, estimated),
         pictures=[picture for part in sections.values() for picture in part],
     )

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gtalign_jax.evaluation.measures import BY_NAME, MEASURES, OVERALL, Measure
-from gtalign_jax.report.numbers import SIGNIFICANT
+from gtalign_jax.evaluation.paired import SIGNIFICANT
 
 WELFARES = {
     "cobb_douglas": "the geometric mean of both sides' welfare, √(U·L)",

@@ -345,16 +345,20 @@ def _drop_half_line(path: Path) -> None:
 
 
 def _dumps(row: Mapping[str, Any]) -> str:
-    return json.dumps(_jsonable(row), ensure_ascii=False, allow_nan=False)
+    return json.dumps(jsonable(row), ensure_ascii=False, allow_nan=False)
 
 
-def _jsonable(value: Any) -> Any:
+def jsonable(value: Any) -> Any:
+    """The same as JSON would hold it: dataclasses as objects, arrays as lists, None for every
+    number that is not finite."""
+    if dataclasses.is_dataclass(value):
+        return jsonable(dataclasses.asdict(value))
     if isinstance(value, Mapping):
-        return {str(key): _jsonable(item) for key, item in value.items()}
+        return {str(key): jsonable(item) for key, item in value.items()}
     if isinstance(value, np.ndarray | np.generic | jax.Array):
-        return _jsonable(value.tolist())
+        return jsonable(value.tolist())
     if isinstance(value, list | tuple):
-        return [_jsonable(item) for item in value]
+        return [jsonable(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
