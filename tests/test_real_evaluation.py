@@ -57,7 +57,8 @@ def check_tables(out, rows) -> None:
         assert len(part) == found["count"] >= 3
         assert found["value"] == pytest.approx(sum(welfare) / len(welfare), abs=1e-12)
         assert 0 <= found["low"] <= found["value"] <= found["high"] < 1, source
-        assert found["value"] > 0 and saved[source]["format"]["value"] > 0, source
+        right = [row["valid"] for row in part]
+        assert saved[source]["format"]["value"] == pytest.approx(sum(right) / len(right))
         assert saved[source]["missing"]["value"] == 0
         assert float(lines[source, "social_welfare"]["value"]) == found["value"]
         assert f"| {source} | run sft step 80 |" in markdown
@@ -83,10 +84,10 @@ def check_scores(rows, judge) -> None:
 @pytest.mark.hf
 def test_seven_real_sources_make_every_table_and_the_report(tmp_path, shared_dir):
     data, run, out = shared_dir / "data", tmp_path / "run", tmp_path / "out"
-    # One chain for all: learnt sooner. The prompts of abg-coqa are longer than all others, and
-    # what was learnt by heart does not reach so far.
-    told = {source: ("Which one do you mean?",) for source in (*real.SOURCES, "abg-coqa")}
-    real.make_inputs(tmp_path, data, more=("abg_coqa/test",), told=told)
+    # One chain for all, taught on prompts of every source: what a model this small learns by heart
+    # does not reach prompts of another length or form.
+    told = {source: ("Which one do you mean?",) for source in SOURCES}
+    real.make_inputs(tmp_path, data, more=OUT_OF_DOMAIN, told=told)
     with real.serving() as judge:
         carried_out("gtalign_jax.main", "configs/tpu_v4.py:all", TRAIN | {
             "workdir": run, "model.path": tmp_path / "model",
