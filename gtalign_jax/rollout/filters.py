@@ -52,6 +52,16 @@ def _largest_threshold(p: jax.Array, enough) -> jax.Array:
     return jax.lax.bitcast_convert_type(low, jnp.float32)
 
 
+def _nucleus(p: jax.Array, top_p) -> jax.Array:
+    """`p[..., V]` with 0 for what lies outside the smallest set that holds `top_p` of its mass."""
+    # Relative to what top-k left; the small slack absorbs the rounding of the sum.
+    target = top_p * p.sum(-1, keepdims=True) * (1 - 1e-6)
+    threshold = _largest_threshold(
+        p, lambda m: jnp.where(m, p, 0.0).sum(-1, keepdims=True) >= target
+    )
+    return jnp.where(p >= threshold, p, 0.0)
+
+
 def apply(logits: jax.Array, filters: Filters, keep_ids: jax.Array | None = None) -> jax.Array:
     """Logits of the sampled distribution, `[..., V]` float32; dropped tokens get `NEG`.
 
@@ -70,14 +80,25 @@ def apply(logits: jax.Array, filters: Filters, keep_ids: jax.Array | None = None
         threshold = _largest_threshold(p, lambda m: m.sum(-1, keepdims=True) >= k)
         p = jnp.where(p >= threshold, p, 0.0)
     if filters.top_p < 1:
-        # Relative to what top-k left; the small slack absorbs the rounding of the sum.
-        target = filters.top_p * p.sum(-1, keepdims=True) * (1 - 1e-6)
-        threshold = _largest_threshold(
-            p, lambda m: jnp.where(m, p, 0.0).sum(-1, keepdims=True) >= target
-        )
-        p = jnp.where(p >= threshold, p, 0.0)
+        p = _nucleus(p, filters.top_p)
     kept = p > 0
     if keep_ids is not None:
         ids = jnp.arange(logits.shape[-1])
         kept |= jnp.expand_dims(ids, tuple(range(keep_ids.ndim))) == keep_ids[..., None]
     return jnp.where(kept, logits, NEG)
+
+
+def apply_rows(logits_BV: jax.Array, temperature_B: jax.Array, top_p_B: jax.Array) -> jax.Array:
+    """`apply` where every row has its own temperature and top-p, which are data of the program.
+
+    The nucleus is looked for only when some row asks for one.
+    """
+    greedy_B1, top_p_B1 = temperature_B[:, None] == 0, top_p_B[:, None]
+    logits_BV = logits_BV / jnp.where(greedy_B1, 1.0, temperature_B[:, None])
+    narrow_B1 = (top_p_B1 < 1) & ~greedy_B1
+
+    def cut(logits_BV: jax.Array) -> jax.Array:
+        kept_BV = _nucleus(jax.nn.softmax(logits_BV, axis=-1), top_p_B1) > 0
+        return jnp.where(kept_BV | ~narrow_B1, logits_BV, NEG)
+
+    return jax.lax.cond(jnp.any(narrow_B1), cut, lambda logits_BV: logits_BV, logits_BV)

@@ -75,7 +75,7 @@ class _State:
     rollout: Rollout
 
 
-def _draw(logits_QGV: jax.Array, uniform_QG: jax.Array) -> jax.Array:
+def draw(logits_QGV: jax.Array, uniform_QG: jax.Array) -> jax.Array:
     """Inverse-CDF sampling: one uniform number per row instead of V Gumbels."""
     weights = jnp.exp(logits_QGV - logits_QGV.max(axis=-1, keepdims=True))
     mass = jnp.cumsum(weights, axis=-1)
@@ -86,7 +86,7 @@ def _draw(logits_QGV: jax.Array, uniform_QG: jax.Array) -> jax.Array:
     return jnp.argmax(above, axis=-1).astype(jnp.int32)
 
 
-def _row_keys(key: jax.Array, index_Q: jax.Array, G: int) -> jax.Array:
+def row_keys(key: jax.Array, index_Q: jax.Array, G: int) -> jax.Array:
     """One key per row, from (key, prompt index, sample)."""
     keys_Q = jax.vmap(lambda q: jax.random.fold_in(key, q))(index_Q)
     return jax.vmap(
@@ -94,10 +94,10 @@ def _row_keys(key: jax.Array, index_Q: jax.Array, G: int) -> jax.Array:
     )(keys_Q)
 
 
-def _uniform(keys_QG: jax.Array, t: jax.Array) -> jax.Array:
-    """A uniform number in [0, 1) per row for position t."""
-    draw = lambda key: jax.random.uniform(jax.random.fold_in(key, t))  # noqa: E731
-    return jax.vmap(jax.vmap(draw))(keys_QG)
+def uniform(keys_QG: jax.Array, t: jax.Array) -> jax.Array:
+    """A uniform number in [0, 1) per row for position t, one for all rows or one for each."""
+    draw_one = lambda key, t: jax.random.uniform(jax.random.fold_in(key, t))  # noqa: E731
+    return jax.vmap(jax.vmap(draw_one))(keys_QG, jnp.broadcast_to(t, keys_QG.shape))
 
 
 def choose(logits_QGV: jax.Array, filters: Filters, uniform_QG: jax.Array):
@@ -106,12 +106,12 @@ def choose(logits_QGV: jax.Array, filters: Filters, uniform_QG: jax.Array):
     if filters.temperature == 0:
         token_QG = jnp.argmax(logits_QGV, axis=-1).astype(jnp.int32)
     else:
-        token_QG = _draw(logits_QGV, uniform_QG)
+        token_QG = draw(logits_QGV, uniform_QG)
     picked = jnp.take_along_axis(logits_QGV, token_QG[..., None], axis=-1)[..., 0]
     return token_QG, picked - jax.nn.logsumexp(logits_QGV, axis=-1)
 
 
-def _is_stop(token_QG: jax.Array, stop_ids: tuple[int, ...]) -> jax.Array:
+def is_stop(token_QG: jax.Array, stop_ids: tuple[int, ...]) -> jax.Array:
     stop = jnp.zeros(token_QG.shape, bool)
     for stop_id in stop_ids:
         stop |= token_QG == stop_id
@@ -191,7 +191,7 @@ def make_sampler(cfg: ModelConfig, sampler: SamplerConfig, samples: int,
         return forward.prefill(params, cfg, tokens_QS, stream_lengths_Q, layout), last_Q
 
     def decode(params: Params, prompt: PromptCache, last_Q, index_Q, key) -> Rollout:
-        keys_QG = _row_keys(key, index_Q, samples)
+        keys_QG = row_keys(key, index_Q, samples)
         state = _start(cfg, prompt, last_Q, samples, T, layout)
 
         def unfinished(state: _State):
@@ -202,8 +202,8 @@ def make_sampler(cfg: ModelConfig, sampler: SamplerConfig, samples: int,
                 params, cfg, prompt, state.k_LQGTKH, state.v_LQGTKH, state.token_QG, state.t
             )
             logits_QGV = forward.logits(forward.head_of(params), cfg, hidden_QGD)
-            token_QG, logp_QG = choose(logits_QGV, filters, _uniform(keys_QG, state.t))
-            stop_QG = _is_stop(token_QG, stop_ids)
+            token_QG, logp_QG = choose(logits_QGV, filters, uniform(keys_QG, state.t))
+            stop_QG = is_stop(token_QG, stop_ids)
             rollout = _record(state.rollout, state.t, token_QG, logp_QG, ~state.done_QG, stop_QG)
             return _State(state.t + 1, token_QG, state.done_QG | stop_QG, k, v, rollout)
 
