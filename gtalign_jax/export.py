@@ -5,10 +5,14 @@
 Reads the config that the run saved and the weights of one checkpoint (not the optimizer's), and
 writes safetensors, config.json, generation_config.json, tokenizer and chat template. It may run
 beside the training, on a host without an accelerator: set JAX_PLATFORMS=cpu.
+
+Beside them lies gtalign.json, what a policy is known by at inference: how it was taught to be asked
+(`data.asking`) and what each action costs in tokens, measured on the run's last evaluation.
 """
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import logging
 import math
@@ -19,19 +23,28 @@ from pathlib import Path
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from gtalign_jax.config import CONFIG_FILE, Config, ConfigError, load_run_config
-from gtalign_jax.data.chat import load_tokenizer, render_chat, stop_ids
+from gtalign_jax.data import asking
+from gtalign_jax.data.chat import encode_chat, load_tokenizer, render_chat, stop_ids
+from gtalign_jax.evaluation.evaluate import EVALUATIONS_FILE
+from gtalign_jax.evaluation.measures import by_label
+from gtalign_jax.game import pricing
 from gtalign_jax.game.chain import KEYS, SYSTEM, render
+from gtalign_jax.game.pricing import Usage
 from gtalign_jax.model import hf, load
-from gtalign_jax.model.safetensors_io import open_tensors
+from gtalign_jax.model.safetensors_io import open_tensors, read_json
 from gtalign_jax.model.sharding import Layout, param_shardings, placed
 from gtalign_jax.model.spec import ModelConfig, Params, abstract_params, num_params
 from gtalign_jax.pod import exchange
 from gtalign_jax.pod.exchange import is_first
 from gtalign_jax.training.checkpoint import CheckpointConfig, Checkpointer, CheckpointError
+from gtalign_jax.training.metrics import read_rows
 from gtalign_jax.workdir import Files, is_dir, local, to_write
+
+log = logging.getLogger(__name__)
 
 TRAINING_STAGES = ("grpo", "sft")  # the last one that has a checkpoint is exported
 GENERATION_FILE = "generation_config.json"
+PLAYER_FILE = "gtalign.json"
 EVEN = {key: {"LLM": 1.5, "user": 20} for key in KEYS}  # any payoff: sample text for a tokenizer
 
 
@@ -96,9 +109,12 @@ def _reader(workdir: str | Path, stage: str) -> contextlib.closing[Checkpointer]
 
 
 def write(
-    params: Params, model: ModelConfig, config: Config, tokenizer_dir: str, out: str | Path
+    params: Params, model: ModelConfig, config: Config, tokenizer_dir: str, out: str | Path,
+    usage: Usage | None = None,
 ) -> None:
     """Writes the Hugging Face directory `out` and reads back what transformers will look at.
+
+    `usage`: what the policy's actions were measured to cost, if they were.
 
     On a pod every process calls this, for its part of the weights; process 0 writes.
     Raises ValueError where the result would not load.
@@ -108,7 +124,44 @@ def write(
     if not is_first():
         return
     _write_generation_config(Path(out) / GENERATION_FILE, load_tokenizer(tokenizer_dir))
+    about = {"instruction": asking.instruction_of(config.data),
+             "usage": None if usage is None else dataclasses.asdict(usage)}
+    (Path(out) / PLAYER_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     verify(out, model, tokenizer_dir)
+
+
+def measure_usage(directory: str | Path, tokenizer: PreTrainedTokenizerBase) -> Usage | None:
+    """What each action cost in the last evaluation in `directory`, a run's.
+
+    None where there is none, or where it lacks an action that could be counted.
+    """
+    file = Path(directory) / EVALUATIONS_FILE
+    groups = by_label(read_rows(file)) if file.exists() else {}
+    if not groups:
+        return None
+    label, rows = list(groups.items())[-1]
+    try:
+        return pricing.measured(rows, lambda row: len(encode_chat(tokenizer, row["prompt"])))
+    except ValueError as error:
+        log.warning("%s, %r: what actions cost is not known: %s", file, label, error)
+        return None
+
+
+def read_about(directory: str | Path) -> tuple[str, Usage | None]:
+    """(instruction, usage) of an exported directory; "" and None of one that we did not write.
+
+    Raises ValueError where its gtalign.json is none.
+    """
+    file = Path(directory) / PLAYER_FILE
+    if not file.is_file():
+        return "", None
+    about = read_json(file)
+    instruction, usage = about.get("instruction"), about.get("usage")
+    try:
+        asking.check_instruction(instruction)
+        return instruction, None if usage is None else pricing.read_usage(usage)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
 
 
 def _write_generation_config(file: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -161,12 +214,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax warns that a reader only reads
     try:
         files = Files(args.workdir)
-        for name in (CONFIG_FILE, "tokenizer"):
+        for name in (CONFIG_FILE, "tokenizer", EVALUATIONS_FILE):
             files.pull(name)
         config = load_run_config(files.directory)
         params, model, what = restore_policy(args.workdir, config, args.stage, args.step)
+        tokenizer_dir = find_tokenizer(config, args.workdir)
+        usage = measure_usage(files.directory, load_tokenizer(tokenizer_dir))
         with to_write(args.out) as out:
-            write(params, model, config, find_tokenizer(config, args.workdir), out)
+            write(params, model, config, tokenizer_dir, out, usage)
     except (FileNotFoundError, ConfigError, CheckpointError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -227,7 +227,9 @@ def _finish(session: Session, policy: Params | None,
     if "export" in config.stages:
         hf = f"{config.workdir}/hf"
         with session.watch.phase("export"), to_write(hf) as out:
-            export.write(policy, session.model, config, session.tokenizer_dir, out)
+            # Process 0 writes, and knows what was evaluated.
+            usage = export.measure_usage(session.files.directory, session.tokenizer)
+            export.write(policy, session.model, config, session.tokenizer_dir, out, usage)
         session.console.say(f"exported: {hf}")
     if results:
         session.console.say(_save_results(session, results))
