@@ -44,13 +44,24 @@ def recommended(payoff_UAP: jax.Array) -> jax.Array:
     """Index (0..5, user action major) of the cell to play: the largest LLM + user on the Pareto
     set, ties by user, then by LLM, then by the lowest index."""
     cells_IP = payoff_UAP.reshape(-1, 2)
-    keep_I = pareto_mask(payoff_UAP).reshape(-1)
-    # A sum of two rounded decimals is off by a few ulps: 0.1 + 0.2 must tie with 0.3 + 0.
-    tie = jnp.maximum(TOLERANCE, 4 * jnp.finfo(cells_IP.dtype).eps * jnp.max(jnp.abs(cells_IP)))
-    for value_I in (cells_IP.sum(-1), cells_IP[:, USER], cells_IP[:, LLM]):
+    scale = jnp.max(jnp.abs(cells_IP))
+    values = (cells_IP.sum(-1), cells_IP[:, USER], cells_IP[:, LLM])
+    return first_best(pareto_mask(payoff_UAP).reshape(-1), values, (scale,) * 3)
+
+
+def first_best(keep_I: jax.Array, values, scales) -> jax.Array:
+    """Index of the kept cell with the largest first value, ties by the next value, and so on, at
+    last by the lowest index; `scales` bound the numbers that each value was computed from."""
+    for value_I, scale in zip(values, scales, strict=True):
         best = jnp.max(jnp.where(keep_I, value_I, -jnp.inf))
-        keep_I = keep_I & (value_I >= best - tie)
+        keep_I = keep_I & (value_I >= best - tie(value_I.dtype, scale))
     return jnp.argmax(keep_I).astype(jnp.int32)
+
+
+def tie(dtype, scale) -> jax.Array:
+    """How far apart two equal values may lie: a sum of two rounded decimals is off by a few ulps,
+    and 0.1 + 0.2 must tie with 0.3 + 0."""
+    return jnp.maximum(TOLERANCE, 4 * jnp.finfo(dtype).eps * scale)
 
 
 def best_llm(payoff_UAP: jax.Array) -> jax.Array:
