@@ -48,6 +48,37 @@ def test_cached_decode_equals_the_full_forward_token_by_token():
         token_QG = tokens_QGT[:, :, t]
 
 
+def test_rows_out_of_step_are_extended_as_if_each_were_alone():
+    """Every row feeds pieces of its own lengths; caches start as garbage, so that no row may look
+    past what it wrote, and a row that feeds nothing must keep what it has."""
+    params = tiny.params()
+    prompts_QS, lengths_Q, tokens_QGT = tiny.rows()
+    Q, G, T = tokens_QGT.shape
+    last_Q, stream_Q = forward.split_prompt(prompts_QS, lengths_Q)
+    cache = forward.prefill(params, tiny.CFG, prompts_QS, stream_Q)
+    k = v = jnp.full((2, Q, G, T, 2, 8), 1e3)
+    last_QG1 = jnp.broadcast_to(last_Q[:, None, None], (Q, G, 1))
+    fed_QGT = np.asarray(jnp.concatenate([last_QG1, tokens_QGT], axis=-1))[:, :, :T]
+    step = jax.jit(forward.extend, static_argnums=1)
+    rng, at_QG, checked = np.random.default_rng(1), np.zeros((Q, G), int), 0
+    while (at_QG < T).any():
+        F = 4
+        count_QG = np.minimum(rng.integers(0, F + 1, (Q, G)), T - at_QG)
+        tokens = np.full((Q, G, F), 13)
+        for q, g in np.ndindex(Q, G):
+            n, t = count_QG[q, g], at_QG[q, g]
+            tokens[q, g, :n] = fed_QGT[q, g, t : t + n]
+        hidden, k, v = step(params, tiny.CFG, cache, k, v, tokens, at_QG, count_QG)
+        logits = forward.logits(forward.head_of(params), tiny.CFG, hidden)
+        for q, g in np.ndindex(Q, G):
+            n, t = count_QG[q, g], at_QG[q, g]
+            expected = plain_logits(params, prompts_QS, lengths_Q, tokens_QGT, q, g)[t : t + n]
+            np.testing.assert_allclose(logits[q, g, :n, :50], expected[:, :50], atol=1e-5)
+            checked += n
+        at_QG += count_QG
+    assert checked == Q * G * T
+
+
 @pytest.mark.parametrize("at", [0, 5, 11])
 def test_no_logit_depends_on_a_later_token(at):
     params = tiny.params()

@@ -1,8 +1,9 @@
-"""The transformer's forward pass, in three shapes that share one block.
+"""The transformer's forward pass, in a few shapes that share one block.
 
     full_logits       tokens_BT           -> logits_BTV     plain; what everything is tested against
     prefill           prompts_QS          -> PromptCache    keys and values of each prompt, once
     decode_step       token_QG + caches   -> hidden_QGD     one token of every row
+    extend            tokens_QGF + caches -> hidden_QGFD    several tokens, of rows out of step
     shared_hidden     prompts_QS, rows_QGT -> hidden_QGTD   the update: prompt and rows in one pass
 
 A group's G completions have one prompt. Its keys and values exist once, `[Q, S, K, H]`; every row
@@ -290,27 +291,69 @@ def decode_step(params: Params, cfg: ModelConfig, prompt: PromptCache, k_LQGTKH,
 
     Returns (final hidden `[Q, G, D]`, the two own caches with position t filled).
     """
-    cos, sin = _cos_sin(cfg, (prompt.lengths_Q + t)[:, None, None], 5)
-    prompt_mask_QS = prompt_mask(prompt.lengths_Q, prompt.k_LQSKH.shape[2])
+    positions_QGF = (prompt.lengths_Q + t)[:, None, None]
     own_mask = jnp.reshape(jnp.arange(k_LQGTKH.shape[3]) <= t, (1, 1, 1, 1, 1, -1))
 
+    def write(cache, new, layer):
+        return jax.lax.dynamic_update_slice(cache, new[None], (layer, 0, 0, t, 0, 0))
+
+    x, k, v = _cached(params, cfg, prompt, k_LQGTKH, v_LQGTKH, token_QG[..., None], positions_QGF,
+                      own_mask, write)
+    return x[:, :, 0], k, v
+
+
+def extend(params: Params, cfg: ModelConfig, prompt: PromptCache, k_LQGTKH, v_LQGTKH, tokens_QGF,
+           start_QG, count_QG) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Some tokens of every row at once, at own-cache positions that differ from row to row.
+
+    Row (q, g) feeds its first `count_QG` tokens at positions start, start + 1, …; the rest of its F
+    writes nothing, and neither does a position past the cache. With F = 1 it is `decode_step` of
+    rows that are not in step.
+
+    Returns (final hidden `[Q, G, F, D]`, the two own caches).
+    """
+    T, F = k_LQGTKH.shape[3], tokens_QGF.shape[-1]
+    at_QGF = start_QG[..., None] + jnp.arange(F)[None, None]
+    own_mask = jnp.arange(T)[None, None, None] <= at_QGF[..., None]
+    to_QGF = jnp.where(jnp.arange(F)[None, None] < count_QG[..., None], at_QGF, T)
+
+    def write(cache, new, layer):
+        put = lambda cache_LTKH, new_FKH, to_F: (  # noqa: E731
+            cache_LTKH.at[layer, to_F].set(new_FKH, mode="drop")
+        )
+        # Batched over rows, not indexed by them: rows stay on the devices where they are.
+        per_group = jax.vmap(put, in_axes=(1, 0, 0), out_axes=1)
+        return jax.vmap(per_group, in_axes=(1, 0, 0), out_axes=1)(cache, new, to_QGF)
+
+    return _cached(params, cfg, prompt, k_LQGTKH, v_LQGTKH, tokens_QGF,
+                   prompt.lengths_Q[:, None, None] + at_QGF, own_mask[:, :, None, None], write)
+
+
+def _cached(params: Params, cfg: ModelConfig, prompt: PromptCache, k_LQGTKH, v_LQGTKH, tokens_QGF,
+            positions_QGF, own_mask, write: Callable) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """All blocks over new tokens of rows whose earlier ones are in the own caches.
+
+    `own_mask` is that of attend_shared; `write(cache, new_QGFKH, layer)` returns the cache with a
+    layer's new keys or values in it.
+    """
+    cos, sin = _cos_sin(cfg, positions_QGF, 5)
+    prompt_mask_QS = prompt_mask(prompt.lengths_Q, prompt.k_LQSKH.shape[2])
+
     def block(carry, xs):
-        x_QGTD, k_cache, v_cache = carry
+        x_QGFD, k_cache, v_cache = carry
         w, prompt_k, prompt_v, layer = xs
-        q, k, v = _qkv(x_QGTD, w, cfg, cos, sin)
+        q, k, v = _qkv(x_QGFD, w, cfg, cos, sin)
         # The caches are carried, not scanned over, so that XLA updates them in place.
-        at = (layer, 0, 0, t, 0, 0)
-        k_cache = jax.lax.dynamic_update_slice(k_cache, k[None], at)
-        v_cache = jax.lax.dynamic_update_slice(v_cache, v[None], at)
+        k_cache, v_cache = write(k_cache, k, layer), write(v_cache, v, layer)
         own_k = jax.lax.dynamic_index_in_dim(k_cache, layer, keepdims=False)
         own_v = jax.lax.dynamic_index_in_dim(v_cache, layer, keepdims=False)
         attended = attend_shared(q, prompt_k, prompt_v, own_k, own_v, prompt_mask_QS, own_mask)
-        return (_finish(x_QGTD, attended, w, cfg), k_cache, v_cache), None
+        return (_finish(x_QGFD, attended, w, cfg), k_cache, v_cache), None
 
-    x = jnp.take(params.embed_VD, token_QG, axis=0)[:, :, None]
+    x = jnp.take(params.embed_VD, tokens_QGF, axis=0)
     xs = (params.layers, prompt.k_LQSKH, prompt.v_LQSKH, jnp.arange(cfg.num_layers))
     (x, k_LQGTKH, v_LQGTKH), _ = jax.lax.scan(block, (x, k_LQGTKH, v_LQGTKH), xs)
-    return rms_norm(x[:, :, 0], params.final_norm_D, cfg.norm_eps), k_LQGTKH, v_LQGTKH
+    return rms_norm(x, params.final_norm_D, cfg.norm_eps), k_LQGTKH, v_LQGTKH
 
 
 def shared_hidden(params: Params, cfg: ModelConfig, tokens_QS, lengths_Q, rows_QGT, *,
