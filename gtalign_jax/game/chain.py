@@ -155,14 +155,60 @@ def render(
 
 def payoff_json(payoff_UAP: np.ndarray) -> str:
     """The matrix as the JSON object that the instruction asks for; whole numbers without `.0`."""
+    return json.dumps(payoff_dict(payoff_UAP))
+
+
+def payoff_dict(payoff_UAP: np.ndarray) -> dict[str, dict[str, float]]:
+    """{"VQ_DA": {"LLM": x, "user": y}, ...} with whole numbers as int; ValueError if not finite."""
     cells_IP = np.asarray(payoff_UAP, np.float64).reshape(len(KEYS), len(PLAYERS))
     if not np.isfinite(cells_IP).all():
         raise ValueError(f"payoffs must be finite, got {cells_IP.tolist()}")
-    cells = {
+    return {
         key: {player: _short(value) for player, value in zip(PLAYERS, row_P, strict=True)}
         for key, row_P in zip(KEYS, cells_IP.tolist(), strict=True)
     }
-    return json.dumps(cells)
+
+
+def rewrite(block: str, payoff_UAP: np.ndarray) -> str:
+    """A written matrix with other numbers, in its own notation: quotes, spaces, order of keys.
+
+    Numbers that stay the same keep their text. `block` is the inside of a payoff block that
+    `parse` reads; in a notation that cannot be followed (JSON with escapes) the matrix is written
+    anew, compact if the block has no space after a comma or colon.
+    """
+    if len(block) > MAX_PAYOFF_CHARS:  # white space around the object is not counted by `parse`
+        block = block.strip()
+    block = block.translate(_CURLY_QUOTES)
+    cells = payoff_dict(payoff_UAP)
+    pieces, end, path = [], 0, []
+    for token in _TOKEN.finditer(block):
+        if token["mark"] == "{":
+            path.append("")
+        elif token["mark"] == "}" and path:
+            path.pop()
+        elif token["number"] is not None and len(path) == len(("key", "player")):
+            value = cells.get(path[0], {}).get(path[1])
+            if value is not None and value != _read_number(token):
+                pieces += [block[end : token.start()], json.dumps(value)]
+                end = token.end()
+        elif path and token["mark"] is None and token["skip"] is None:
+            path[-1] = token["single"] if token["double"] is None else token["double"]
+    rewritten = "".join((*pieces, block[end:]))
+    _, found_UAP, error = _read_payoff(rewritten.strip())
+    if error is None and np.array_equal(found_UAP, payoff_UAP):
+        return rewritten
+    spaced = payoff_json(payoff_UAP)
+    return spaced if re.search(r"[,:]\s", block) else spaced.replace(" ", "")
+
+
+def read_matrix(matrix: Any) -> np.ndarray:
+    """`payoff_UAP`, float64 [2, 3, 2], of a parsed JSON value; ValueError where it is none."""
+    error = _matrix_error(matrix)
+    if error is not None:
+        raise ValueError(error)
+    cells = [[float(matrix[key][player]) for player in PLAYERS] for key in KEYS]
+    shape = (len(USER_ACTIONS), len(ACTIONS), len(PLAYERS))
+    return np.array(cells, np.float64).reshape(shape)
 
 
 def _short(value: float) -> int | float:
@@ -203,12 +249,10 @@ def _read_payoff(block: str) -> tuple[dict | None, np.ndarray | None, str | None
             matrix = _read_literal(block)
         except ValueError as error:
             return None, None, f"payoff is neither JSON nor a Python dict: {error}"
-    error = _matrix_error(matrix)
-    if error is not None:
-        return None, None, error
-    cells = [[float(matrix[key][player]) for player in PLAYERS] for key in KEYS]
-    shape = (len(USER_ACTIONS), len(ACTIONS), len(PLAYERS))
-    return matrix, np.array(cells, np.float64).reshape(shape), None
+    try:
+        return matrix, read_matrix(matrix), None
+    except ValueError as error:
+        return None, None, str(error)
 
 
 def _matrix_error(matrix: Any) -> str | None:

@@ -31,6 +31,7 @@ MILLION = 1e6  # token prices are quoted in dollars per million tokens
 MAX_DOLLARS = 1e6  # far above any price; keeps all arithmetic finite
 MAX_UNITS = 1e9
 MAX_PARTS = 16
+MAX_RATE = MAX_PARTS * MAX_DOLLARS * 2  # a request may cost the user for two reasons (`free`)
 MAX_TEXT = 1000
 
 
@@ -71,8 +72,8 @@ class Pricing:
 
     def __post_init__(self):
         array = np.asarray(self.rates, np.float64)
-        if array.shape != (len(UNITS), len(PLAYERS)) or not np.isfinite(array).all():
-            raise ValueError(f"rates must be finite numbers [{len(UNITS)}][{len(PLAYERS)}]")
+        if array.shape != (len(UNITS), len(PLAYERS)) or not (np.abs(array) <= MAX_RATE).all():
+            raise ValueError(f"rates are [3 units][2 players] numbers within +-{MAX_RATE:g}")
 
     @property
     def rates_XP(self) -> np.ndarray:
