@@ -4,6 +4,7 @@ Knows no task; a tokenizer is whatever transformers' AutoTokenizer loads (senten
 """
 
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -123,3 +124,24 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     return tokenizer.decode(
         [int(i) for i in ids], skip_special_tokens=True, clean_up_tokenization_spaces=False
     )
+
+
+def token_pieces(tokenizer: PreTrainedTokenizerBase, size: int) -> list[str]:
+    """What each of `size` token ids writes, right in its printable ASCII characters.
+
+    Tokens that `decode` drops, and ids without a token, write "". All else (spaces, bytes that are
+    part of a character) stands for itself as the tokenizer spells it, which is never ASCII.
+    """
+    special = set(tokenizer.all_special_ids)
+    known = min(size, len(tokenizer))
+    names = tokenizer.convert_ids_to_tokens(range(known))
+    pieces = ["" if i in special or name is None else _BYTE.sub(_byte, name)
+              for i, name in enumerate(names)]
+    return pieces + [""] * (size - known)
+
+
+_BYTE = re.compile(r"^<0x([0-9A-Fa-f]{2})>$")  # how sentencepiece names the byte tokens
+
+
+def _byte(match: re.Match) -> str:
+    return chr(int(match[1], 16))

@@ -4,7 +4,8 @@
 
 State before iteration t: `token_QG` is the token at row position t (at t = 0 the prompt's last
 one), the own caches hold positions < t. One iteration feeds it, samples completion token t and
-writes it. The loop ends at T tokens or when every row has ended.
+writes it. The loop ends when every row has T tokens or has ended. It can also be left when rows
+wait at a text, and be taken up again with rows out of step (`rollout.steering`).
 
 Lengths, never token ids, say what is real: a length counts the stop token, which is trained on.
 A draw depends on (key, prompt index, sample, t) alone, so that any split of the prompts over
@@ -66,10 +67,18 @@ class Rollout:
 
 
 @struct.dataclass
-class _State:
+class State:
+    """Between two tokens.
+
+    t: the position to feed next, one number where all rows are in step, else `[Q, G]`.
+    token_QG: the token to feed there. done_QG: nothing more is drawn for the row, for now.
+    seen_QG: how much of the text that rows wait at each has just written (`rollout.stopping`).
+    """
+
     t: jax.Array
     token_QG: jax.Array
     done_QG: jax.Array
+    seen_QG: jax.Array
     k_LQGTKH: jax.Array
     v_LQGTKH: jax.Array
     rollout: Rollout
@@ -118,8 +127,8 @@ def is_stop(token_QG: jax.Array, stop_ids: tuple[int, ...]) -> jax.Array:
     return stop
 
 
-def _start(cfg: ModelConfig, prompt: PromptCache, last_Q, G: int, T: int,
-           layout: Layout | None) -> _State:
+def start(cfg: ModelConfig, prompt: PromptCache, last_Q, G: int, T: int,
+          layout: Layout | None) -> State:
     """The state before the first token."""
     Q = last_Q.shape[0]
     cache = jnp.zeros(
@@ -135,15 +144,19 @@ def _start(cfg: ModelConfig, prompt: PromptCache, last_Q, G: int, T: int,
         slots=jnp.zeros((), jnp.int32),
     )
     token_QG = jnp.broadcast_to(last_Q[:, None], (Q, G)).astype(jnp.int32)
-    return _State(jnp.zeros((), jnp.int32), token_QG, jnp.zeros((Q, G), bool), cache, cache,
-                  rollout)
+    return State(jnp.zeros((), jnp.int32), token_QG, jnp.zeros((Q, G), bool),
+                 jnp.zeros((Q, G), jnp.int32), cache, cache, rollout)
 
 
 def _record(rollout: Rollout, t, token_QG, logp_QG, live_QG, stop_QG) -> Rollout:
     """Writes completion token t of the rows that are still live."""
-    put = lambda array, new: jax.lax.dynamic_update_slice(  # noqa: E731
-        array, jnp.where(live_QG, new, 0)[..., None].astype(array.dtype), (0, 0, t)
-    )
+    def put(array_QGT, new_QG):
+        if t.ndim == 0:
+            new = jnp.where(live_QG, new_QG, 0)[..., None].astype(array_QGT.dtype)
+            return jax.lax.dynamic_update_slice(array_QGT, new, (0, 0, t))
+        here_QGT = live_QG[..., None] & (jnp.arange(array_QGT.shape[2])[None, None] == t[..., None])
+        return jnp.where(here_QGT, new_QG[..., None], array_QGT)
+
     return Rollout(
         tokens_QGT=put(rollout.tokens_QGT, token_QG),
         logp_QGT=put(rollout.logp_QGT, logp_QG),
@@ -151,6 +164,41 @@ def _record(rollout: Rollout, t, token_QG, logp_QG, live_QG, stop_QG) -> Rollout
         stopped_QG=rollout.stopped_QG | (live_QG & stop_QG),
         slots=rollout.slots + live_QG.size,
     )
+
+
+def run(params: Params, cfg: ModelConfig, prompt: PromptCache, state: State, keys_QG: jax.Array,
+        filters: Filters, stop_ids: tuple[int, ...], table_VN: jax.Array | None = None) -> State:
+    """Draws until every row is done: it drew a stop token, is at the limit T, or waits.
+
+    With `table_VN` (of `stopping.stop_table`) a row waits as soon as it has written the table's
+    text. Rows in step, as all are at first, share one position; otherwise each has its own.
+    """
+    T, in_step = state.rollout.tokens_QGT.shape[2], state.t.ndim == 0
+
+    def step(state: State) -> State:
+        caches, live_QG = (state.k_LQGTKH, state.v_LQGTKH), ~state.done_QG
+        if in_step:
+            hidden_QGD, k, v = forward.decode_step(
+                params, cfg, prompt, *caches, state.token_QG, state.t
+            )
+        else:
+            hidden_QG1D, k, v = forward.extend(
+                params, cfg, prompt, *caches, state.token_QG[..., None], state.t,
+                live_QG.astype(jnp.int32),
+            )
+            hidden_QGD = hidden_QG1D[:, :, 0]
+        logits_QGV = forward.logits(forward.head_of(params), cfg, hidden_QGD)
+        token_QG, logp_QG = choose(logits_QGV, filters, uniform(keys_QG, state.t))
+        stop_QG = is_stop(token_QG, stop_ids)
+        rollout = _record(state.rollout, state.t, token_QG, logp_QG, live_QG, stop_QG)
+        done_QG, seen_QG = stop_QG | (state.t + 1 >= T), state.seen_QG
+        if table_VN is not None:
+            seen_QG = jnp.where(live_QG, table_VN[token_QG, seen_QG].astype(jnp.int32), seen_QG)
+            done_QG |= seen_QG == table_VN.shape[1] - 1
+        return State(state.t + 1, jnp.where(live_QG, token_QG, state.token_QG),
+                     state.done_QG | done_QG, seen_QG, k, v, rollout)
+
+    return jax.lax.while_loop(lambda state: ~jnp.all(state.done_QG), step, state)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,22 +240,8 @@ def make_sampler(cfg: ModelConfig, sampler: SamplerConfig, samples: int,
 
     def decode(params: Params, prompt: PromptCache, last_Q, index_Q, key) -> Rollout:
         keys_QG = row_keys(key, index_Q, samples)
-        state = _start(cfg, prompt, last_Q, samples, T, layout)
-
-        def unfinished(state: _State):
-            return (state.t < T) & ~jnp.all(state.done_QG)
-
-        def step(state: _State) -> _State:
-            hidden_QGD, k, v = forward.decode_step(
-                params, cfg, prompt, state.k_LQGTKH, state.v_LQGTKH, state.token_QG, state.t
-            )
-            logits_QGV = forward.logits(forward.head_of(params), cfg, hidden_QGD)
-            token_QG, logp_QG = choose(logits_QGV, filters, uniform(keys_QG, state.t))
-            stop_QG = is_stop(token_QG, stop_ids)
-            rollout = _record(state.rollout, state.t, token_QG, logp_QG, ~state.done_QG, stop_QG)
-            return _State(state.t + 1, token_QG, state.done_QG | stop_QG, k, v, rollout)
-
-        return jax.lax.while_loop(unfinished, step, state).rollout
+        state = start(cfg, prompt, last_Q, samples, T, layout)
+        return run(params, cfg, prompt, state, keys_QG, filters, stop_ids).rollout
 
     where = None
     if layout is not None:
