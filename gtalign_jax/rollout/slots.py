@@ -18,6 +18,7 @@ token ids (`stopping.stop_table`) ends.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -34,6 +35,7 @@ from gtalign_jax.rollout.sampler import draw, is_stop, row_keys, uniform
 
 PROMPT_WIDTHS = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)  # of the longest prompt
 FORCED_WIDTHS = (1 / 8, 1 / 4, 1 / 2, 1)  # of the longest completion
+COARSE = 32  # widths are multiples of it: between finer ones there is nothing to gain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +64,9 @@ class SlotsConfig:
 
 
 def _widths(longest: int, fractions: Sequence[float]) -> tuple[int, ...]:
-    return tuple(sorted({max(1, round(longest * fraction)) for fraction in fractions}))
+    """Ends with `longest` itself."""
+    coarse = [math.ceil(longest * fraction / COARSE) * COARSE for fraction in fractions]
+    return tuple(sorted({min(width, longest) for width in coarse}))
 
 
 @struct.dataclass
