@@ -134,7 +134,7 @@ class SlotPrograms:
     empty() -> Slots
     admit(params, slots, row, tokens_QS [1, one of prompt_widths], length_Q [1], Settings) -> Slots
     run(params, slots, table_VA, drop_B, go_B) -> (Slots, News); frees the rows of drop_B first and
-      lets the paused rows of go_B go on (they do not pause again)
+      lets the paused rows of go_B, which are below their limit, go on (they do not pause again)
     splice(params, slots, row, tokens_F [one of forced_widths], start, count) -> Slots; feeds the
       first `count` tokens at positions start, start + 1, …; the one after them becomes the pending
       token, and the row goes on (it does not pause again)
@@ -273,8 +273,9 @@ def _step(params: Params, cfg: ModelConfig, stop_ids: tuple[int, ...], table_VA,
     length_B = slots.length_B + live_B.astype(jnp.int32)
     seen_B = jnp.where(live_B, table_VA[token_B, slots.seen_B], slots.seen_B)
     stopped_B = live_B & is_stop(token_B, stop_ids)
+    # At its limit a row pauses all the same: what is forced may be shorter than what was sampled.
+    paused_B = live_B & ~stopped_B & slots.pause_B & (seen_B == table_VA.shape[1] - 1)
     ended_B = stopped_B | (length_B >= slots.limit_B)
-    paused_B = live_B & ~ended_B & slots.pause_B & (seen_B == table_VA.shape[1] - 1)
     slots = slots.replace(
         k_LQGTKH=k, v_LQGTKH=v, token_B=token_B, length_B=length_B, seen_B=seen_B,
         live_B=live_B & ~ended_B & ~paused_B,

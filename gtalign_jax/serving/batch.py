@@ -1,7 +1,9 @@
 """The rows that decode together, seen from the host: their tokens, their text, their end.
 
 Wraps the programs of `rollout.slots`: which slot belongs to which request, what each has produced,
-which part of it may leave. Knows no threads, no queue and no HTTP; one caller at a time.
+which part of it may leave. A steered row pauses at the end of its matrix; what replaces the matrix
+is planned here (`rollout.splice`) and fed to the row's own cache, while its neighbours decode on.
+Knows no threads, no queue and no HTTP; one caller at a time.
 """
 
 import dataclasses
@@ -10,10 +12,14 @@ import logging
 import jax
 import numpy as np
 
-from gtalign_jax.data.chat import decode
+from gtalign_jax.data.chat import decode, token_pieces
+from gtalign_jax.game.steering import SteeringConfig
 from gtalign_jax.rollout.filters import Filters
 from gtalign_jax.rollout.player import Player
-from gtalign_jax.rollout.slots import SlotsConfig, make_slots, settings
+from gtalign_jax.rollout.slots import News, SlotsConfig, make_slots, settings
+from gtalign_jax.rollout.splice import CLOSING, Outcome, plan
+from gtalign_jax.rollout.steering import NO_MATRIX
+from gtalign_jax.rollout.stopping import stop_table
 from gtalign_jax.serving.text import TextStream
 
 log = logging.getLogger(__name__)
@@ -28,6 +34,7 @@ class Ask:
     temperature: float = 1.0
     top_p: float = 1.0
     seed: int = 0
+    steering: SteeringConfig | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +45,7 @@ class Answer:
       text: what all pieces add up to. ids: its tokens, the stop token included.
       forced: ranges [a, b) of `ids` that were not sampled.
       finish_reason: "stop" (by a stop token) or "length".
+      outcome: what steering did; None where it was not asked for.
     """
 
     text: str
@@ -45,6 +53,7 @@ class Answer:
     forced: tuple[tuple[int, int], ...]
     finish_reason: str
     prompt_tokens: int
+    outcome: Outcome | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +75,13 @@ class _Row:
     def __init__(self, ask: Ask, stream: TextStream) -> None:
         self.ask, self.stream = ask, stream
         self.ids: list[int] = []
-        self.forced: list[tuple[int, int]] = []
+        self.forced: tuple[tuple[int, int], ...] = ()
+        self.outcome: Outcome | None = None
+
+    @property
+    def settled(self) -> bool:
+        """Nothing of the text will be replaced any more."""
+        return self.ask.steering is None or self.outcome is not None
 
 
 class Batch:
@@ -81,12 +96,15 @@ class Batch:
             )
         self._player, self.config = player, config
         self._programs = make_slots(player.model, config, player.stop_ids, player.layout)
-        self._table_VA = np.zeros((player.model.padded_vocab_size, 2), np.int8)
+        pieces = token_pieces(player.tokenizer, player.model.padded_vocab_size)
+        self._table_VA = jax.device_put(
+            stop_table(pieces, CLOSING), player.layout and player.layout.sharding()
+        )
         self._slots = None
         self._rows: dict[int, _Row] = {}
         self._drop_B = np.zeros(config.slots, bool)
         self._go_B = np.zeros(config.slots, bool)
-        self.generated_tokens = 0
+        self.generated_tokens = self.forced_tokens = 0
 
     @property
     def busy(self) -> int:
@@ -136,7 +154,8 @@ class Batch:
         self._slots = self._programs.admit(
             self._player.params, self._slots, np.int32(row), tokens_QS,
             np.asarray([length], np.int32),
-            settings(ask.seed, ask.max_tokens, ask.temperature, ask.top_p, False),
+            settings(ask.seed, ask.max_tokens, ask.temperature, ask.top_p,
+                     ask.steering is not None),
         )
         self._drop_B[row] = False
 
@@ -153,25 +172,60 @@ class Batch:
         news = jax.device_get(news)
         self._drop_B, self._go_B = np.zeros_like(self._drop_B), np.zeros_like(self._go_B)
         self.generated_tokens += int(news.count_B.sum())
-        return [self._progress(row, news) for row in list(self._rows)]
+        progress = [self._progress(row, news) for row in list(self._rows)]
+        for row, state in self._rows.items():
+            if news.paused_B[row] and state.forced:
+                self._splice(row, state)
+        return progress
 
-    def _progress(self, row: int, news) -> Progress:
+    def _progress(self, row: int, news: News) -> Progress:
         state = self._rows[row]
         state.ids += news.tokens_BN[row, : news.count_B[row]].tolist()
         try:
-            if news.live_B[row]:
-                return Progress(row, state.stream.more(state.ids))
-            done = Progress(row, state.stream.rest(state.ids), self._answer(state, news, row))
+            done = not news.live_B[row]
+            if news.paused_B[row]:
+                done = not self._settle(row, state)
+            if not done:
+                return Progress(row, state.stream.more(state.ids) if state.settled else "")
+            answer = self._answer(state, bool(news.stopped_B[row]))
+            progress = Progress(row, state.stream.rest(state.ids), answer)
         except Exception as error:  # what one text does to a tokenizer concerns nobody else
             log.exception("a request failed")
-            done = Progress(row, error=error)
+            progress = Progress(row, error=error)
         self.drop(row)
-        return done
+        return progress
 
-    def _answer(self, state: _Row, news, row: int) -> Answer:
+    def _settle(self, row: int, state: _Row) -> bool:
+        """Decides about the matrix of a row that has just closed it; whether the row goes on."""
+        ask = state.ask
+        splice = plan(self._player.tokenizer, state.ids, ask.steering, ask.max_tokens)
+        state.outcome = splice.outcome
+        if splice.forced:
+            state.ids = [*state.ids[: splice.keep], *splice.forced]
+            state.forced = ((splice.keep, len(state.ids)),)
+        else:
+            self._go_B[row] = len(state.ids) < ask.max_tokens
+        return len(state.ids) < ask.max_tokens
+
+    def _splice(self, row: int, state: _Row) -> None:
+        """Feeds what is forced, and the token before it: the next one is drawn after the last."""
+        (start, end), = state.forced
+        stream = [*state.ask.prompt_ids[-1:], *state.ids]  # by position in the row's cache
+        tokens_F = np.zeros(_fitting(self.config.forced_widths, end - start + 1), np.int32)
+        tokens_F[: end - start + 1] = stream[start : end + 1]
+        self._slots = self._programs.splice(
+            self._player.params, self._slots, np.int32(row), tokens_F, np.int32(start),
+            np.int32(end - start),
+        )
+        self.forced_tokens += end - start
+
+    def _answer(self, state: _Row, stopped: bool) -> Answer:
+        ask = state.ask
+        if not state.settled:
+            state.outcome = Outcome(False, NO_MATRIX, None)
         return Answer(
-            decode(self._player.tokenizer, state.ids), tuple(state.ids), tuple(state.forced),
-            "stop" if news.stopped_B[row] else "length", len(state.ask.prompt_ids),
+            decode(self._player.tokenizer, state.ids), tuple(state.ids), state.forced,
+            "stop" if stopped else "length", len(ask.prompt_ids), state.outcome,
         )
 
 

@@ -201,6 +201,7 @@ class Engine:
                 "slots": self.config.slots, "busy": len(self._running),
                 "queued": len(self._waiting), **{name: self._counts[name] for name in counted},
                 "generated_tokens": self._batch.generated_tokens,
+                "forced_tokens": self._batch.forced_tokens,
             }
 
     def _retry_after(self) -> float:
