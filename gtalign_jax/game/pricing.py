@@ -52,7 +52,7 @@ class Usage:
             if not isinstance(values, Sequence) or len(values) != len(ACTIONS):
                 raise ValueError(f"usage.{unit} must hold one number for each of {ACTIONS}")
             numbers = [
-                _number(f"usage.{unit}.{action}", value, 0.0, MAX_UNITS)
+                read_number(f"usage.{unit}.{action}", value, 0.0, MAX_UNITS)
                 for action, value in zip(ACTIONS, values, strict=True)
             ]
             object.__setattr__(self, unit, tuple(numbers))
@@ -116,7 +116,7 @@ def _policy(lowest: float = 0.0):
                         f"pricing {policy_name} has no key {_shown(key)}; it takes {expected}"
                     )
             numbers = {
-                key: _number(f"pricing {policy_name}.{key}", value, lowest, MAX_DOLLARS)
+                key: read_number(f"pricing {policy_name}.{key}", value, lowest, MAX_DOLLARS)
                 for key, value in given.items()
             }
             settings = ", ".join(f"{key}={value:g}" for key, value in numbers.items())
@@ -322,8 +322,8 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _number(name: str, value: Any, low: float, high: float) -> float:
-    """`value` as a float, or ValueError naming what is allowed."""
+def read_number(name: str, value: Any, low: float, high: float) -> float:
+    """Any value as a float from `low` to `high`; ValueError with `name` where it is none."""
     fits = isinstance(value, int | float) and not isinstance(value, bool)
     # Compared before it is converted: an integer may be beyond the largest float.
     if not fits or not low <= value <= high or not math.isfinite(value):

@@ -15,8 +15,8 @@ Knows the text of chains, no tokenizer and no model.
 """
 
 import dataclasses
-import math
 import string
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ import numpy as np
 from gtalign_jax.game import chain
 from gtalign_jax.game.chain import ACTIONS, KEYS, PLAYERS, USER_ACTIONS
 from gtalign_jax.game.decide import RULES, Decision, decide
-from gtalign_jax.game.pricing import SENSITIVITY, UNITS, Pricing, Usage, reprice
+from gtalign_jax.game.pricing import SENSITIVITY, UNITS, Pricing, Usage, read_number, reprice
 
 DEFAULT_RULE = "pareto_welfare"  # the one that the model's instruction asks for
 MODES = ("action", "matrix")
@@ -69,15 +69,18 @@ class SteeringConfig:
         ):
             if value not in allowed:
                 raise ValueError(f"{name} is {str(value)[:40]!r}; allowed are {', '.join(allowed)}")
-        if len(self.sensitivity) != len(PLAYERS):
-            raise ValueError(f"sensitivity holds {len(self.sensitivity)} numbers; it needs two")
-        for player, value in zip(PLAYERS, self.sensitivity, strict=True):
-            if not (math.isfinite(value) and 0 <= value <= MAX_PAYOFF):
-                raise ValueError(f"sensitivity of {player} is {value}; allowed are 0 to 1e6")
-        if not abs(self.floor) <= MAX_PAYOFF:
-            raise ValueError(f"floor is {self.floor}; allowed are -1e6 to 1e6")
-        if not (isinstance(self.decimals, int) and 0 <= self.decimals <= MAX_DECIMALS):
-            raise ValueError(f"decimals is {self.decimals}; allowed are 0 to {MAX_DECIMALS}")
+        if not isinstance(self.sensitivity, Sequence) or len(self.sensitivity) != len(PLAYERS):
+            raise ValueError("sensitivity must hold two numbers, points per dollar (LLM, user)")
+        feel = tuple(
+            read_number(f"sensitivity of {player}", value, 0.0, MAX_PAYOFF)
+            for player, value in zip(PLAYERS, self.sensitivity, strict=True)
+        )
+        object.__setattr__(self, "sensitivity", feel)  # JSON brings a list
+        read_number("floor", self.floor, -MAX_PAYOFF, MAX_PAYOFF)
+        if self.decimals not in range(MAX_DECIMALS + 1):
+            raise ValueError(
+                f"decimals is {str(self.decimals)[:40]}; allowed are 0 to {MAX_DECIMALS}"
+            )
         _check_analysis(self.analysis)
 
 
