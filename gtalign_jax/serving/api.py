@@ -12,13 +12,14 @@ the model, the limits and every refusal.
 """
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
-import pydantic_core
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRoute
+from pydantic import TypeAdapter, ValidationError
 
 from gtalign_jax.serving import catalogue, chat, errors
 from gtalign_jax.serving.chat import Service
@@ -108,11 +109,23 @@ class StrictRoute(APIRoute):
 
 class StrictRequest(Request):
     async def json(self) -> Any:
+        body = await self.body()
         try:
-            return pydantic_core.from_json(await self.body(), allow_inf_nan=False)
+            # pydantic's parser knows depth, size of numbers and Unicode; the other one NaN.
+            _JSON.validate_json(body)
+            return json.loads(body, parse_constant=_no_constant)
+        except ValidationError as error:
+            said = error.errors()[0]["msg"].partition(": ")[2]
         except ValueError as error:
-            said = str(error) if str(error).isascii() else "not UTF-8"
-            raise ApiError(400, f"the body is no JSON: {said}", code="invalid_json") from error
+            said = str(error)
+        raise ApiError(400, f"the body is no JSON: {said}", code="invalid_json")
+
+
+_JSON = TypeAdapter(Any)
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON's")
 
 
 def _refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:

@@ -12,6 +12,8 @@ from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 
+from gtalign_jax.serving.protocol import Unsupported
+
 log = logging.getLogger(__name__)
 
 TYPES = {  # status -> `type`; other 4xx are mistakes in the request
@@ -71,9 +73,11 @@ async def _of_validation(request: Request, error: RequestValidationError) -> JSO
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"] if part != "body")
     message = first["msg"].removeprefix("Value error, ")
-    top = next((part for part in first["loc"][1:] if isinstance(part, str)), None)
-    said = f"{where}: {message}" if where else message
-    return ApiError(400, said, (first.get("ctx") or {}).get("param", top)).response()
+    param = next((part for part in first["loc"][1:] if isinstance(part, str)), None)
+    cause = (first.get("ctx") or {}).get("error")
+    if isinstance(cause, Unsupported):
+        param = cause.param
+    return ApiError(400, f"{where}: {message}" if where else message, param).response()
 
 
 async def _of_http(request: Request, error: HTTPException) -> JSONResponse:

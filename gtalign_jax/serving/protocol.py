@@ -15,7 +15,6 @@ from pydantic import (
     WithJsonSchema,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
 
 from gtalign_jax.game import pricing, steering
 from gtalign_jax.game.decide import RULES
@@ -59,15 +58,20 @@ UNSUPPORTED_OF_A_MESSAGE: dict[str, tuple] = {
 }  # fmt: skip
 
 
+class Unsupported(ValueError):
+    """A field that this server does not have, by its name `param`."""
+
+    def __init__(self, param: str) -> None:
+        super().__init__(f"{param} is not supported by this server; leave it out")
+        self.param = param
+
+
 def _refuse(data: Any, unsupported: dict[str, tuple]) -> Any:
     if isinstance(data, dict):
         for key in data.keys() & unsupported.keys():
             allowed = unsupported[key]
             if not any(data[key] == value and _alike(data[key], value) for value in allowed):
-                raise PydanticCustomError(
-                    "unsupported", "{param} is not supported by this server; leave it out",
-                    {"param": key},
-                )  # fmt: skip
+                raise Unsupported(key)
     return data
 
 
