@@ -40,7 +40,8 @@ def get_config():
     c.sft.warmup_updates = 20
     c.sft.decay = "cosine"
     c.sft.final_fraction = 0.1
-    c.sft.max_completion_tokens = 80
+    c.sft.max_completion_tokens = 96
+    c.sft.repriced = 0.25
 
     c.grpo.steps = 45
     c.grpo.prompts_per_step = 16

@@ -275,8 +275,10 @@ def fingerprint(config: Config, **identity: Any) -> dict[str, Any]:
     """
     flat = flatten(to_dict(config))
     flat = {key: value for key, value in flat.items() if not _CIRCUMSTANCES.fullmatch(key)}
-    for key in ("data.reasoning", "reward.reasoning"):  # younger than many a checkpoint
-        if flat[key] == "tagged":
+    # Younger than many a checkpoint, which was made with these values.
+    for key, value in (("data.reasoning", "tagged"), ("reward.reasoning", "tagged"),
+                       ("sft.repriced", 0.0)):
+        if flat[key] == value:
             del flat[key]
     for section in ("sft", "grpo"):
         if flat[f"{section}.decay"] == "constant":

@@ -12,11 +12,13 @@ import functools
 import hashlib
 import json
 import logging
+import random
 
 import jax
 
 from gtalign_jax import export, report
 from gtalign_jax.config import Config
+from gtalign_jax.data import coldstart
 from gtalign_jax.data.chat import encode_chats, encode_completion
 from gtalign_jax.evaluation import tables
 from gtalign_jax.evaluation.evaluate import EVALUATIONS_FILE
@@ -62,9 +64,17 @@ def _example_set(session: Session) -> ExampleSet:
     if eos is None:
         raise ValueError(f"the tokenizer {session.tokenizer_dir!r} has no EOS token to end a chain")
     completions = [[*encode_completion(session.tokenizer, text), eos] for _, text in pairs]
+    given = [(0, 0)] * len(pairs)
+    for i, (prompt, _) in enumerate(pairs):
+        rng = random.Random(f"repriced/{config.seed}/{prompt.id}")
+        if rng.random() < config.sft.repriced:
+            before, matrix, after = (encode_completion(session.tokenizer, part)
+                                     for part in coldstart.render_repriced(prompt, rng))
+            completions[i] = [*before, *matrix, *after, eos]
+            given[i] = len(before), len(before) + len(matrix)
     kept = [
-        (prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)
-        if len(prompt) <= config.data.max_prompt_tokens and len(completion) <= limit
+        row for row in zip(prompts, completions, given, strict=True)
+        if len(row[0]) <= config.data.max_prompt_tokens and len(row[1]) <= limit
     ]
     if not kept:
         raise ValueError(
@@ -75,8 +85,9 @@ def _example_set(session: Session) -> ExampleSet:
     if len(kept) < len(pairs):
         log.warning("dropped %d of %d cold-start examples: too long", len(pairs) - len(kept),
                     len(pairs))
-    widths = [-(-max(map(len, rows)) // 16) * 16 for rows in zip(*kept, strict=True)]
-    return ExampleSet([p for p, _ in kept], [c for _, c in kept], *widths)
+    prompts, completions, given = zip(*kept, strict=True)
+    widths = [-(-max(map(len, rows)) // 16) * 16 for rows in (prompts, completions)]
+    return ExampleSet(prompts, completions, *widths, given if config.sft.repriced else None)
 
 
 def run_sft(session: Session, policy: Params | None, checkpoints: Checkpointer) -> TrainState:

@@ -12,10 +12,12 @@ the answers, while each action stays as likely as the others: what to choose is 
 On a harmful request the three actions are to comply (DA), to refuse (CQ) and to refuse and offer
 something harmless with the same object (AQ).
 
+`render_repriced` writes chains as steering by price leaves them, with an edited matrix.
 Users bring their own chains as JSONL: `load_examples`.
 """
 
 import logging
+import math
 import random
 from collections.abc import Iterable
 
@@ -25,6 +27,8 @@ from gtalign_jax.data import builtin
 from gtalign_jax.data.prompt import Prompt
 from gtalign_jax.data.sources import MalformedRow, Row, read_jsonl, read_messages
 from gtalign_jax.game import chain
+from gtalign_jax.game.pricing import POLICIES, Usage
+from gtalign_jax.game.steering import SteeringConfig, solve
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +45,11 @@ BEST_CELLS = {
 OTHER_CELLS = {
     "clear": ((1, 2), (2, 1), (3, 2)), "vague": ((3, 4), (4, 3)), "harmful": ((1, 3), (3, 1)),
 }
+# For repriced chains: about what built-in actions take; points per dollar for (LLM, user), ten
+# times the usual, as built-in turns are ten times shorter than real ones; the range of the price.
+USAGE = Usage((38, 125, 80), (52, 104, 80), (1, 2, 1.5))
+SENSITIVITY = (1000.0, 4000.0)
+PRICES = (2.0, 120.0)  # dollars per million output tokens; input tokens cost a quarter
 REFUSAL = "I cannot help with that"
 ALTERNATIVES = ("clean", "repair", "polish")
 
@@ -64,23 +73,50 @@ def render_chain(prompt: Prompt, rng: random.Random, action: str | None = None) 
     action = action or drawn
     if action not in chain.ACTIONS:
         raise ValueError(f"action is {action!r}; allowed: {', '.join(chain.ACTIONS)}")
-    kind = prompt.extra["kind"]
-    row = "VQ" if kind == "ambiguous" else "DQ"
-    best = chain.USER_ACTIONS.index(row), chain.ACTIONS.index(action)
-    payoff_UAP = _payoff(*best, PERCEPTION[kind], rng)
+    payoff_UAP = _payoff(_row(prompt), action, PERCEPTION[prompt.extra["kind"]], rng)
+    return _written(prompt, payoff_UAP, action, rng)
+
+
+def render_repriced(prompt: Prompt, rng: random.Random) -> tuple[str, str, str]:
+    """A chain whose matrix was edited by a random price: (text before it, the matrix, the rest).
+
+    It is what steering leaves behind (`game.steering`): perception, an edited matrix, and the
+    action that then is best, which may be another. A model that has seen some acts on matrices with
+    other numbers than its own. The matrix is given to it, not written by it: no loss belongs there.
+    """
+    chosen = rng.choice(chain.ACTIONS)
+    payoff_UAP = _payoff(_row(prompt), chosen, PERCEPTION[prompt.extra["kind"]], rng)
+    policy, key = rng.choice((("per_token", ""), ("per_token", ""), ("subscription", "cost_")))
+    dollars = math.exp(rng.uniform(*map(math.log, PRICES)))
+    config = SteeringConfig(
+        pricing=POLICIES[policy](**{f"{key}output": dollars, f"{key}input": dollars / 4}),
+        usage=USAGE, sensitivity=SENSITIVITY, decimals=0,
+    )
+    steered = solve(payoff_UAP.astype(np.float64), config)
+    text = _written(prompt, steered.edited_UAP, steered.after.action, rng)
+    before, rest = text.split("<payoff>")
+    matrix, after = rest.split("</payoff>")
+    return f"{before}<payoff>", matrix, f"</payoff>{after}"
+
+
+def _row(prompt: Prompt) -> str:
+    return "VQ" if prompt.extra["kind"] == "ambiguous" else "DQ"
+
+
+def _written(prompt: Prompt, payoff_UAP: np.ndarray, action: str, rng: random.Random) -> str:
     text = chain.render(
-        f"This is {PERCEPTION[kind]}.",
+        f"This is {PERCEPTION[prompt.extra['kind']]}.",
         payoff_UAP,
-        f"{row}_{action} is best.",
+        f"{_row(prompt)}_{action} is best.",
         _respond(prompt, action, rng),
     )
     spaced = chain.payoff_json(payoff_UAP)  # spaces are characters before <response>: latency
     return text.replace(spaced, spaced.replace(" ", ""))
 
 
-def _payoff(best_user: int, best_llm: int, perception: str, rng: random.Random) -> np.ndarray:
+def _payoff(row: str, action: str, perception: str, rng: random.Random) -> np.ndarray:
     cells = [rng.choice(OTHER_CELLS[perception]) for _ in range(6)]
-    cells[best_user * 3 + best_llm] = rng.choice(BEST_CELLS[perception])
+    cells[chain.KEYS.index(f"{row}_{action}")] = rng.choice(BEST_CELLS[perception])
     return np.array(cells).reshape(2, 3, 2)
 
 
