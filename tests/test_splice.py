@@ -1,0 +1,99 @@
+"""Where an edited matrix enters a row's tokens."""
+
+import pytest
+
+from gtalign_jax.data.chat import decode, encode_completion
+from gtalign_jax.data.tokenizer import train_tokenizer
+from gtalign_jax.game import pricing
+from gtalign_jax.game.chain import KEYS, payoff_json
+from gtalign_jax.game.pricing import Usage
+from gtalign_jax.game.steering import SteeringConfig, steer
+from gtalign_jax.rollout import splice
+from gtalign_jax.rollout.splice import plan
+
+USAGE = Usage((100.0, 230.0, 100.0), (60.0, 130.0, 90.0))
+PAYOFF = {key: {"LLM": 1, "user": 1} for key in KEYS} | {
+    "VQ_DA": {"LLM": 2, "user": 2}, "VQ_CQ": {"LLM": 3, "user": 3},
+}  # fmt: skip
+DEAR = SteeringConfig(pricing.read("per_token:output=100,input=25"), USAGE)
+
+
+def matrix(compact=True) -> str:
+    text = payoff_json([[[PAYOFF[key][p] for p in ("LLM", "user")] for key in KEYS]])
+    return text.replace(" ", "") if compact else text
+
+
+HEAD = "<thinking>Vague, I think.</thinking>"
+TEXT = f"{HEAD}<payoff>{matrix()}</payoff>"
+TOKENIZERS = {
+    "tags whole": train_tokenizer(["so it is", matrix()], 400),
+    # ">{" and "}</" are tokens here, so that no token ends where the matrix begins.
+    "plain pieces": train_tokenizer([TEXT, '>{"', '>{"VQ'] * 9, 320, chain_pieces=False),
+}
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("joint", ["", "\n", "\n\n"])
+@pytest.mark.parametrize("mode", ["action", "matrix"])
+def test_kept_and_forced_tokens_read_as_the_edited_chain(name, joint, mode):
+    tokenizer = TOKENIZERS[name]
+    text = f"{HEAD}{joint}<payoff>{joint}{matrix()}{joint}</payoff>"
+    config = SteeringConfig(DEAR.pricing, USAGE, mode=mode)
+    ids = encode_completion(tokenizer, text)
+    found = plan(tokenizer, ids, config, 1000)
+    expected = f"{HEAD}{joint}<payoff>" + steer(text, config).forced
+    assert decode(tokenizer, [*ids[: found.keep], *found.forced]) == expected
+    assert found.outcome.steered and found.outcome.reason is None
+    assert found.outcome.result.after.key == "VQ_DA" != found.outcome.result.before.key
+    # Nothing sampled is thrown away that could stay.
+    longer = decode(tokenizer, ids[: found.keep + 1])
+    assert len(longer) > len(f"{HEAD}{joint}<payoff>")
+
+
+def test_a_matrix_whose_first_brace_shares_its_token_with_the_tag_is_cut_before_it():
+    tokenizer = TOKENIZERS["plain pieces"]
+    ids = encode_completion(tokenizer, TEXT)
+    found = plan(tokenizer, ids, DEAR, 1000)
+    kept = decode(tokenizer, ids[: found.keep])
+    assert kept == f"{HEAD}<payoff" and decode(tokenizer, found.forced).startswith(">{")
+
+
+def test_text_before_the_matrix_may_end_within_a_character():
+    tokenizer = TOKENIZERS["tags whole"]
+    ids = encode_completion(tokenizer, f"<thinking>木😀</thinking><payoff>{matrix()}</payoff>")
+    found = plan(tokenizer, ids, DEAR, 1000)
+    text = decode(tokenizer, [*ids[: found.keep], *found.forced])
+    assert text.startswith("<thinking>木😀</thinking><payoff>{") and "�" not in text
+
+
+@pytest.mark.parametrize("text, reason", [
+    ("<thinking>x</thinking><payoff>{?}</payoff>", "neither JSON nor a Python dict"),
+    ("<payoff>{}</payoff>", "missing"),
+    ("no opening tag</payoff>", "no <payoff> block"),
+])
+def test_what_cannot_be_read_goes_on_unsteered_and_says_why(text, reason):
+    tokenizer = TOKENIZERS["tags whole"]
+    ids = encode_completion(tokenizer, text)
+    found = plan(tokenizer, ids, DEAR, 1000)
+    assert (found.keep, found.forced, found.outcome.result) == (len(ids), (), None)
+    assert not found.outcome.steered and reason in found.outcome.reason
+
+
+def test_prices_that_change_nothing_leave_the_row_as_it_is():
+    tokenizer = TOKENIZERS["tags whole"]
+    ids = encode_completion(tokenizer, TEXT)
+    found = plan(tokenizer, ids, SteeringConfig(pricing.read("none"), USAGE), 1000)
+    assert (found.keep, found.forced) == (len(ids), ())
+    assert found.outcome.reason == splice.UNCHANGED and found.outcome.result.after.key == "VQ_CQ"
+
+
+def test_a_row_without_room_for_one_sampled_token_goes_on_unsteered():
+    tokenizer = TOKENIZERS["tags whole"]
+    ids = encode_completion(tokenizer, TEXT)
+    fits = plan(tokenizer, ids, DEAR, 1000)
+    needed = fits.keep + len(fits.forced) + 1
+    assert plan(tokenizer, ids, DEAR, needed).outcome.steered
+    tight = plan(tokenizer, ids, DEAR, needed - 1)
+    assert (tight.keep, tight.forced) == (len(ids), ())
+    assert f"no room: {needed - 1} tokens" in tight.outcome.reason
+    assert tight.outcome.result.after.key == "VQ_DA"
