@@ -258,17 +258,23 @@ def test_usage_is_measured_and_a_question_counts_the_turn_that_follows():
         row("answer_ask", 90, 40), row("refuse", 999, 999), row(None, 999, 0),
     ]
     # Prompts: 2 + 4, 2 + 4, 2 + 8, 2 + 4 words, 7 on average. CQ reads 7, then 7 + 6 + 6, and
-    # writes 48, then an answer of 60.
-    assert pricing.measured(rows) == Usage(input=(7, 26, 7), output=(60, 108, 90))
-    found = pricing.measured(rows, prompt_tokens=lambda row: 100)
-    assert found.input == (100, 212, 100) and found.output == (60, 108, 90)
+    # writes 48, then an answer of 60. Half of the AQ read 7 + 40 + 6 more and write an answer more.
+    assert pricing.measured(rows) == Usage((7, 26, 33.5), (60, 108, 120), (1, 2, 1.5))
+    found = pricing.measured(rows, prompt_tokens=lambda row: 100, follow_up=0.0)
+    assert found == Usage((100, 212, 100), (60, 108, 90), (1, 2, 1))
 
 
-def test_without_a_row_that_answers_and_asks_it_is_an_answer_and_a_question():
-    assert pricing.measured([row("answer", 60, 10), row("ask", 48, 6)]).output == (60, 108, 66)
+def test_what_nobody_played_is_derived_from_what_was():
+    # An answer of 60 with 20 tokens of response; a question alone, then an answer with a question.
+    answer = row("answer", 60, 20)
+    assert pricing.measured([answer, row("ask", 48, 6)], follow_up=0.0).output == (60, 108, 66)
+    found = pricing.measured([answer, row("answer_ask", 66, 26)], follow_up=0.0)
+    assert found.output == (60, 40 + 6 + 60, 66)
 
 
-@pytest.mark.parametrize(("rows", "said"), [([], "'answer'"), ([row("answer", 1, 1)], "'ask'")])
+@pytest.mark.parametrize(("rows", "said"), [
+    ([], "'answer'"), ([row("answer", 1, 1)], "'ask' or 'answer_ask'"), ([row("ask", 1, 1)], "'an"),
+])
 def test_usage_that_nobody_measured_is_an_error(rows, said):
     with pytest.raises(ValueError, match=said):
         pricing.measured(rows)

@@ -241,12 +241,26 @@ def test_prices_cannot_buy_what_the_matrix_calls_harm():
     assert solve(written_UAP, with_rule(config=dear, floor=-0.9)).after.key == "DQ_CQ"
 
 
-def test_with_nothing_above_the_floor_the_written_choice_stands():
+def test_with_nothing_above_the_floor_prices_do_not_act():
     written_UAP = np.array([[[-3, -3]] * 3, [[-2, -1], [-1, -1], [-3, -1]]], float)
     for rule in RULES:
-        found = solve(written_UAP, with_rule(rule, sensitivity=(100.0, 1000.0))).after
-        assert found.key == "DQ_CQ"
-        assert "No cell is left: the written choice DQ_CQ stands." in found.reasons
+        config = with_rule(rule, sensitivity=(100.0, 1000.0))
+        found = solve(written_UAP, config)
+        assert found.after.key == "DQ_CQ" and (found.edited_UAP == written_UAP).all()
+        assert found.after.reasons[-1] == (
+            "No cell is left: prices do not act here, and DQ_CQ stands.")
+        assert steer(completion(chain.payoff_json(written_UAP)), config).forced is None
+
+
+@pytest.mark.parametrize("written, edited", [(3, 2), (3.5, 2.2), (3.25, 1.95)])
+def test_the_edited_matrix_has_the_decimals_of_the_model_s_own_numbers(written, edited):
+    written_UAP = np.full((2, 3, 2), float(written))
+    even = dataclasses.replace(
+        CONFIG, usage=Usage((0,) * 3, (1,) * 3, (1,) * 3), sensitivity=(0.0, 1.0),
+        pricing=read({"policy": "per_request", "price": 1.3}),
+    )
+    found = solve(written_UAP, even).edited_UAP
+    assert (found[..., 1] == edited).all() and (found[..., 0] == written).all()
 
 
 def test_another_rule_alone_forces_its_choice_on_the_unchanged_matrix():

@@ -276,41 +276,44 @@ def read_usage(value: Any) -> Usage:
 def measured(
     rows: Iterable[Mapping[str, Any]],
     prompt_tokens: Callable[[Mapping[str, Any]], int] | None = None,
+    follow_up: float = 0.5,
 ) -> Usage:
     """The usage that rows of evaluations.jsonl show (of one label: choose the rows first).
 
     First turns are measured: an action's mean `tokens`, and one mean prompt for all actions (which
-    question is asked does not depend on the action). The second turn of a clarifying question is
-    derived: it reads the first prompt, the question (its `response_tokens`) and the user's reply,
-    taken to be as long as the question, and then writes a direct answer. Where nobody answered and
-    asked (AQ), that is a direct answer plus the text of a question.
+    question is asked does not depend on the action). Second turns are derived: they read the first
+    prompt, the response and the user's reply, taken to be as long as the question, and write a
+    direct answer. A clarifying question (CQ) always has one, the follow-up question after an answer
+    (AQ) in a share `follow_up` of the turns. What one of CQ and AQ took is derived from the other
+    where nobody played it: AQ is an answer plus the text of a question.
 
     Args:
       rows: completions with response_kind, tokens, response_tokens and prompt.
       prompt_tokens: the length of a row's prompt; None takes its words for tokens.
 
-    Raises ValueError where no row answers, or none asks.
+    Raises ValueError where no row answers, or none asks anything.
     """
     count = prompt_tokens or _prompt_words
-    written = {action: [] for action in ACTIONS}
-    asked, prompts = [], []
+    written = {action: [] for action in ACTIONS}  # (tokens, response_tokens) of each row
+    prompts = []
     for row in rows:
         action = KINDS.get(row["response_kind"])
-        if action is None:  # refusals and broken chains are none of the three actions
-            continue
-        written[action].append(row["tokens"])
-        prompts.append(count(row))
-        if action == "CQ":
-            asked.append(row["response_tokens"])
-    for kind, action in (("answer", "DA"), ("ask", "CQ")):
-        if not written[action]:
-            raise ValueError(f"no row of response_kind {kind!r}: the use of {action} is unknown")
-    prompt, question = _mean(prompts), _mean(asked)
-    answer, ask = _mean(written["DA"]), _mean(written["CQ"])
-    both = _mean(written["AQ"]) if written["AQ"] else answer + question
+        if action is not None:  # refusals and broken chains are none of the three actions
+            written[action].append((row["tokens"], row["response_tokens"]))
+            prompts.append(count(row))
+    if not written["DA"] or not (written["CQ"] or written["AQ"]):
+        missing = "'ask' or 'answer_ask'" if written["DA"] else "'answer'"
+        raise ValueError(f"no row of response_kind {missing}: what actions take is unknown")
+    found = {action: np.mean(pairs, axis=0) for action, pairs in written.items() if pairs}
+    (answer, short), prompt = found["DA"], _mean(prompts)
+    question = found["CQ"][1] if "CQ" in found else max(found["AQ"][1] - short, 0.0)
+    ask = found["CQ"][0] if "CQ" in found else answer - short + question
+    both, long = found["AQ"] if "AQ" in found else (answer + question, short + question)
     return Usage(
-        input=(prompt, prompt + (prompt + 2 * question), prompt),
-        output=(answer, ask + answer, both),
+        input=(prompt, prompt + (prompt + 2 * question),
+               prompt + follow_up * (prompt + long + question)),
+        output=(answer, ask + answer, both + follow_up * answer),
+        requests=(1.0, 2.0, 1.0 + follow_up),
     )
 
 

@@ -3,9 +3,10 @@
     written matrix --prices--> edited matrix --rule--> action --> the text to go on with
 
 Money is added exactly and the decision is taken on the exact values; what is written is then
-rounded, with as few decimals (at least `decimals`) as still lead to the same decision. A decision
-on rounded values would not be safe: rounding LLM and user apart moves their sum by up to a
-decimal, so that a price that rises could turn the choice back and forth. With exact values and
+rounded, to as few decimals (at least those of the model's own numbers) as still lead to the same
+decision. A decision on rounded values would not be safe: rounding LLM and user apart moves their
+sum by up to a decimal, so that a rising price could turn the choice back and forth. With exact
+values and
 `pareto_welfare`, the use of a unit by the chosen action never grows with its price as long as the
 user's sensitivity is not below the provider's: each LLM + user is a straight line in the price,
 falling faster the more the action uses, and the largest of such lines only ever hands over to one
@@ -48,8 +49,8 @@ class SteeringConfig:
       rows: "played" keeps the choice in the row (VQ or DQ) of the written matrix's recommended
         cell, as prices change what the model does and not how the user asked; "all" opens all six.
       floor: a cell whose written LLM + user is below it is never chosen, so that prices cannot buy
-        harm; where no cell is left, the written choice stands.
-      decimals: of what the prices add, as written.
+        harm; where no cell is left, prices do not act on the turn at all.
+      decimals: of what the prices add; None: as many as the model's own numbers have.
       analysis: the text of <analyze>; fields key, action, user_action, pareto, llm, user, rule.
     """
 
@@ -60,7 +61,7 @@ class SteeringConfig:
     mode: str = "action"
     rows: str = "played"
     floor: float = 0.0
-    decimals: int = 1
+    decimals: int | None = None
     analysis: str = "{key} is best."
 
     def __post_init__(self):
@@ -77,9 +78,9 @@ class SteeringConfig:
         )
         object.__setattr__(self, "sensitivity", feel)  # JSON brings a list
         read_number("floor", self.floor, -MAX_PAYOFF, MAX_PAYOFF)
-        if self.decimals not in range(MAX_DECIMALS + 1):
+        if self.decimals is not None and self.decimals not in range(MAX_DECIMALS + 1):
             raise ValueError(
-                f"decimals is {str(self.decimals)[:40]}; allowed are 0 to {MAX_DECIMALS}"
+                f"decimals is {str(self.decimals)[:40]}; allowed are 0 to {MAX_DECIMALS} and None"
             )
         _check_analysis(self.analysis)
 
@@ -130,6 +131,10 @@ def solve(written_UAP: np.ndarray, config: SteeringConfig) -> Steered:
             raise ValueError(f"a {name} payoff is beyond 1e6: no price can be set against it")
     before = decide(written_UAP)
     allowed_UA, why = _open_cells(written_UAP, before, config)
+    if not allowed_UA.any():
+        why = (*why, f"No cell is left: prices do not act here, and {before.key} stands.")
+        return Steered(written_UAP, written_UAP, before, dataclasses.replace(before, reasons=why),
+                       forced=None)
     edited_UAP = _rounded(written_UAP, exact_UAP, allowed_UA, config)
     after = decide(edited_UAP, config.rule, allowed_UA)
     after = dataclasses.replace(after, reasons=(*why, *after.reasons))
@@ -153,9 +158,6 @@ def _open_cells(
     if closed:
         why.append(f"Written LLM + user below the floor {config.floor:g}: {closed}.")
         allowed_UA &= ~low_UA
-    if not allowed_UA.any():
-        why.append(f"No cell is left: the written choice {before.key} stands.")
-        allowed_UA.flat[before.cell] = True
     return allowed_UA, tuple(why)
 
 
@@ -167,7 +169,8 @@ def _rounded(
     The shift is rounded, not the payoff: what the model wrote keeps its own decimals.
     """
     cell = decide(exact_UAP, config.rule, allowed_UA).cell
-    for decimals in range(config.decimals, MAX_DECIMALS + 1):
+    fewest = _decimals(written_UAP) if config.decimals is None else config.decimals
+    for decimals in range(fewest, MAX_DECIMALS + 1):
         shift_UAP = np.round(exact_UAP - written_UAP, decimals)
         # 0.3 - 0.1 is to be written 0.2, and a payoff that no money reaches as it was.
         tidy_UAP = np.round(written_UAP + shift_UAP, MAX_DECIMALS)
@@ -175,6 +178,12 @@ def _rounded(
         if decide(edited_UAP, config.rule, allowed_UA).cell == cell:
             return edited_UAP
     return exact_UAP
+
+
+def _decimals(payoff_UAP: np.ndarray) -> int:
+    """How many decimals the numbers have: a model reads best what looks like its own writing."""
+    return next((d for d in range(MAX_DECIMALS) if (np.round(payoff_UAP, d) == payoff_UAP).all()),
+                MAX_DECIMALS)
 
 
 def _forced(text: str, steered: Steered, config: SteeringConfig) -> str:
