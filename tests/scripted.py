@@ -124,10 +124,19 @@ def service(engine: Any, **settings: Any) -> Service:
     return Service(player(), engine, "tiny", config, **settings)
 
 
-def make(*scripts: Script, config: ApiConfig | None = None, **settings: Any):
-    """(application, engine)."""
-    engine = Engine(*scripts)
-    return create_app(service(engine, **settings), config or ApiConfig()), engine
+@functools.cache
+def _made(config: ApiConfig, steered: bool):
+    engine = Engine()
+    return create_app(service(engine, steered=steered), config), engine
+
+
+def make(*scripts: Script, config: ApiConfig | None = None, steered: bool = False):
+    """(application, engine), made once for each config and then only told another script: building
+    an application takes longer than most requests."""
+    app, engine = _made(config or ApiConfig(), steered)
+    engine.__init__(*scripts)
+    app.state.traffic.__init__()
+    return app, engine
 
 
 @dataclasses.dataclass

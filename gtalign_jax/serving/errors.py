@@ -64,13 +64,15 @@ def unforeseen(error: BaseException, where: str) -> ApiError:
 def install(app: FastAPI) -> None:
     """Gives `app` its handlers. A handler of a status serves Starlette's own exceptions too."""
     app.add_exception_handler(RequestValidationError, _of_validation)
-    for status in range(400, 600):
+    app.add_exception_handler(ApiError, _of_http)
+    for status in range(400, 500):
         app.add_exception_handler(status, _of_http)
     app.add_exception_handler(Exception, _of_anything)
 
 
 async def _of_validation(request: Request, error: RequestValidationError) -> JSONResponse:
-    first = error.errors()[0]
+    # Of a value that may be one of several kinds, the kind that it came nearest to tells most.
+    first = min(error.errors(), key=lambda one: one["type"].endswith("_type"))
     where = ".".join(str(part) for part in first["loc"] if part != "body")
     message = first["msg"].removeprefix("Value error, ")
     param = next((part for part in first["loc"][1:] if isinstance(part, str)), None)
