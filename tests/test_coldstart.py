@@ -52,6 +52,28 @@ def _brute_force_best(payoff_UAP):
     return best, frontier
 
 
+def test_a_repriced_chain_acts_on_its_edited_matrix_within_the_row_of_its_perception(prompts):
+    """LLM + user, added up here, is the largest of the row."""
+    moved, seen = 0, collections.Counter()
+    for prompt in prompts[:400]:
+        before, matrix, after = coldstart.render_repriced(prompt, random.Random(prompt.id))
+        assert before.endswith("<payoff>") and after.startswith("</payoff>")
+        parsed = chain.parse(before + matrix + after)
+        assert parsed.format_ok and parsed.error is None
+        perception = coldstart.PERCEPTION[prompt.extra["kind"]]
+        row = chain.USER_ACTIONS.index("VQ" if perception == "vague" else "DQ")
+        sums_A = parsed.payoff_UAP[row].sum(-1)
+        key = parsed.analyze.removesuffix(" is best.")
+        action = key.partition("_")[2]
+        assert key.startswith(chain.USER_ACTIONS[row])
+        assert sums_A[chain.ACTIONS.index(action)] == sums_A.max()
+        assert rules.response_kind(parsed.response) == ACTION_KINDS[perception, action]
+        moved += parsed.payoff_UAP.min() < 0
+        seen[action] += 1
+    assert moved > 250  # payoffs that no unpriced chain has
+    assert min(seen.values()) > 60 and seen["DA"] == max(seen.values())  # prices favour short turns
+
+
 def test_every_chain_is_well_formed_and_follows_its_own_matrix(examples):
     for prompt, text in examples:
         parsed = chain.parse(text)

@@ -67,6 +67,22 @@ def test_the_loss_is_the_mean_over_all_completion_tokens():
     assert float(loss) == pytest.approx(expected, abs=1e-5)
 
 
+def test_given_tokens_are_read_and_bear_no_loss():
+    """Row 0 without its tokens 2 to 4, row 3 without the first two: 17 - 5 tokens."""
+    spans, params = ((2, 5), (0, 0), (0, 0), (0, 2)), tiny.params()
+    b = make_batch()
+    rows = [
+        np.delete(-np.log(softmax(logits)[np.arange(len(ids)), ids]), slice(*span))
+        for (logits, _, ids), span in zip(plain_rows(params, b), spans, strict=True)
+    ]
+    expected = np.concatenate(rows)
+    assert len(expected) == 12
+    loss, _ = whole()(params, b.replace(given_B2=jnp.asarray(spans)))
+    assert float(loss) == pytest.approx(expected.mean(), abs=1e-5)
+    none, _ = whole()(params, b.replace(given_B2=jnp.zeros((B, 2), int)))
+    assert float(none) == pytest.approx(float(whole()(params, b)[0]), abs=1e-7)
+
+
 def test_a_flat_model_loses_the_logarithm_of_the_vocabulary_per_token():
     flat = tiny.params().replace(head_VD=None)
     flat = flat.replace(embed_VD=jnp.zeros_like(flat.embed_VD))
