@@ -150,6 +150,16 @@ def test_a_product_of_two_losses_is_no_gain():
     assert decide(payoff_UAP, "nash_product").key == "VQ_CQ"
 
 
+def test_equal_products_tie_although_decimals_round():
+    # 0.3 * 0.3 = 0.1 * 0.9; in float32 the first comes out larger. The second has the larger sum.
+    payoff_UAP = np.zeros((2, 3, 2))
+    payoff_UAP[0, 1], payoff_UAP[1, 0] = [0.3, 0.3], [0.1, 0.9]
+    first, second = np.float32(payoff_UAP[0, 1]).prod(), np.float32(payoff_UAP[1, 0]).prod()
+    assert first > second + np.float32(game.TOLERANCE)
+    assert jitted("nash_product")(np.float32(payoff_UAP)) == 3
+    assert decide(payoff_UAP, "nash_product").key == "DQ_DA"
+
+
 def test_the_leader_gives_up_what_its_follower_would_not_play():
     # DQ_AQ pays the LLM 9, but to AQ the user answers VQ, which pays it 1: DA is worth 4.
     payoff_UAP = np.array([[[4, 2], [3, 2], [1, 5]], [[0, 0], [3, 2], [9, 4]]], float)

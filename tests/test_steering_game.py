@@ -213,7 +213,8 @@ def test_what_the_model_wrote_keeps_its_own_decimals():
     edited_UAP = solve(written_UAP, CONFIG).edited_UAP
     assert edited_UAP[0].tolist() == [[1.2345678, 0.2345678], [1.2345678, -0.7654322],
                                       [1.2345678, 0.2345678]]
-    assert (solve(written_UAP, with_rule(pricing=read("none"))).edited_UAP == written_UAP).all()
+    third_UAP = np.full((2, 3, 2), 1 / 3)  # sixteen digits, and no money: none of them is touched
+    assert (solve(third_UAP, with_rule(pricing=read("none"))).edited_UAP == third_UAP).all()
 
 
 def test_prices_do_not_change_how_the_question_was_asked():
