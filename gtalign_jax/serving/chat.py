@@ -63,7 +63,7 @@ class Service:
 
     def settings(self, asked: Steer) -> SteeringConfig:
         """The server's settings with what a request asks for. Raises ApiError."""
-        given = {name: getattr(asked, name) for name in type(asked).STEERING}
+        given = {name: getattr(asked, name) for name in Steer.STEERING}
         given = {name: value for name, value in given.items() if value is not None}
         if "sensitivity" in given:
             given["sensitivity"] = tuple(given["sensitivity"])

@@ -187,6 +187,7 @@ PricingValue = Annotated[
 ]
 UsageValue = Annotated[pricing.Usage | None, _read(pricing.read_usage), WithJsonSchema(USE)]
 Rule = Literal[tuple(RULES)]
+Payoff = Annotated[float, Field(ge=-steering.MAX_PAYOFF, le=steering.MAX_PAYOFF)]
 Sensitivity = Annotated[
     list[Annotated[float, Field(ge=0, le=steering.MAX_PAYOFF)]],
     Field(min_length=2, max_length=2, description="Payoff points per US dollar: [LLM, user]."),
@@ -196,7 +197,7 @@ Sensitivity = Annotated[
 class Steer(Strict):
     """How a request is steered; what is left out is as the server was started."""
 
-    STEERING: ClassVar = ("pricing", "usage", "sensitivity", "rule", "mode", "rows")
+    STEERING: ClassVar = ("pricing", "usage", "sensitivity", "rule", "mode", "rows", "floor")
 
     pricing: PricingValue = None
     usage: UsageValue = None
@@ -204,6 +205,7 @@ class Steer(Strict):
     rule: Rule | None = None
     mode: Literal[steering.MODES] | None = None
     rows: Literal[steering.ROWS] | None = None
+    floor: Payoff | None = None
 
     @property
     def asked(self) -> bool:
@@ -250,9 +252,6 @@ class ChatRequest(Steer):
         return (stop,) if isinstance(stop, str) else tuple(stop)
 
 
-Payoff = Annotated[float, Field(ge=-steering.MAX_PAYOFF, le=steering.MAX_PAYOFF)]
-
-
 class Cell(Strict):
     """What one cell of the matrix is worth."""
 
@@ -274,7 +273,4 @@ class Matrix(Strict):
 
 
 class DecideRequest(Steer):
-    STEERING: ClassVar = (*Steer.STEERING, "floor")
-
     payoff: Matrix
-    floor: Annotated[float, Field(ge=-steering.MAX_PAYOFF, le=steering.MAX_PAYOFF)] | None = None
