@@ -213,6 +213,8 @@ def test_what_the_model_wrote_keeps_its_own_decimals():
     edited_UAP = solve(written_UAP, CONFIG).edited_UAP
     assert edited_UAP[0].tolist() == [[1.2345678, 0.2345678], [1.2345678, -0.7654322],
                                       [1.2345678, 0.2345678]]
+    # In binary 2.3 - 1 is 1.2999999999999998: what is written is 1.3.
+    assert solve(np.full((2, 3, 2), 2.3), CONFIG).edited_UAP[0, 0].tolist() == [2.3, 1.3]
     third_UAP = np.full((2, 3, 2), 1 / 3)  # sixteen digits, and no money: none of them is touched
     assert (solve(third_UAP, with_rule(pricing=read("none"))).edited_UAP == third_UAP).all()
 
