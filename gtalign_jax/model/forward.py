@@ -312,18 +312,17 @@ def extend(params: Params, cfg: ModelConfig, prompt: PromptCache, k_LQGTKH, v_LQ
 
     Returns (final hidden `[Q, G, F, D]`, the two own caches).
     """
-    T, F = k_LQGTKH.shape[3], tokens_QGF.shape[-1]
+    (Q, G, F), T = tokens_QGF.shape, k_LQGTKH.shape[3]
     at_QGF = start_QG[..., None] + jnp.arange(F)[None, None]
     own_mask = jnp.arange(T)[None, None, None] <= at_QGF[..., None]
     to_QGF = jnp.where(jnp.arange(F)[None, None] < count_QG[..., None], at_QGF, T)
+    q_QGF = jnp.broadcast_to(jnp.arange(Q)[:, None, None], (Q, G, F))
+    g_QGF = jnp.broadcast_to(jnp.arange(G)[None, :, None], (Q, G, F))
 
     def write(cache, new, layer):
-        put = lambda cache_LTKH, new_FKH, to_F: (  # noqa: E731
-            cache_LTKH.at[layer, to_F].set(new_FKH, mode="drop")
-        )
-        # Batched over rows, not indexed by them: rows stay on the devices where they are.
-        per_group = jax.vmap(put, in_axes=(1, 0, 0), out_axes=1)
-        return jax.vmap(per_group, in_axes=(1, 0, 0), out_axes=1)(cache, new, to_QGF)
+        # Not by vmap: that would turn the whole cache over, and back, for a few positions.
+        where = (jnp.broadcast_to(layer, (Q, G, F)), q_QGF, g_QGF, to_QGF)
+        return cache.at[where].set(new, mode="drop")
 
     return _cached(params, cfg, prompt, k_LQGTKH, v_LQGTKH, tokens_QGF,
                    prompt.lengths_Q[:, None, None] + at_QGF, own_mask[:, :, None, None], write)

@@ -30,7 +30,7 @@ from gtalign_jax.rollout.stopping import stop_table
 
 NO_MATRIX = f"no {CLOSING}: the completion ended before its matrix did"
 NOT_ASKED = "not asked for"
-WIDTH = 32  # forced tokens are padded to a multiple of this: few programs are compiled
+WIDTH = 16  # forced tokens are padded to a multiple of this: few programs are compiled
 
 
 @dataclasses.dataclass(frozen=True)
