@@ -85,19 +85,23 @@ class Server(uvicorn.Server):
             app, loop="asyncio", http="h11", ws="none", lifespan="off", log_config=None,
             server_header=False, timeout_graceful_shutdown=CLOSE_S,
         ))  # fmt: skip
-        self._app, self._engine, self._grace_s = app, engine, grace_s
-        self._listener = listener
+        self._app, self.engine, self._grace_s = app, engine, grace_s
+        self._listener, self._address = listener, listener.getsockname()[:2]
         self._ending: asyncio.Task | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self.loop: asyncio.AbstractEventLoop | None = None
+
+    @property
+    def address(self) -> tuple[str, int]:
+        return self._address  # uvicorn closes the socket
 
     @property
     def url(self) -> str:
-        host, port = self._listener.getsockname()[:2]
+        host, port = self.address
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     async def run(self) -> None:
         """Serves until it is told to end, and prints where as soon as it answers."""
-        self._loop = asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
         serving = asyncio.create_task(self.serve(sockets=[self._listener]))
         while not (self.started or serving.done()):
             await asyncio.sleep(0.01)
@@ -105,12 +109,12 @@ class Server(uvicorn.Server):
         try:
             await serving
         finally:
-            await self._engine.stop(0)
+            await self.engine.stop(0)
 
     def handle_exit(self, sig: int, frame: object) -> None:
         """uvicorn calls this for SIGTERM and SIGINT; its own would end a process by that signal."""
         log.info("%s: ending", signal.Signals(sig).name)
-        self._loop.call_soon_threadsafe(self.end)
+        self.loop.call_soon_threadsafe(self.end)
 
     def end(self) -> None:
         """The orderly end; called again, the quick one. On the event loop's thread."""
@@ -122,7 +126,7 @@ class Server(uvicorn.Server):
     async def _end(self) -> None:
         if not await self._app.state.traffic.drain(self._grace_s):
             log.warning("requests still run after %g s: they are given up", self._grace_s)
-        await self._engine.stop(0)
+        await self.engine.stop(0)
         await self._app.state.traffic.drain(CLOSE_S)  # those given up are told so
         self.should_exit = True
 
