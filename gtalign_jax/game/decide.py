@@ -165,6 +165,13 @@ def decide(
     allowed_UA = np.ones((2, 3), bool) if allowed_UA is None else np.asarray(allowed_UA, bool)
     if allowed_UA.shape != (2, 3) or not allowed_UA.any():
         raise ValueError("allowed must be 2 x 3 truth values, at least one of them true")
+    return _decided(payoff_UAP.tobytes(), allowed_UA.tobytes(), rule)
+
+
+@functools.lru_cache(maxsize=4096)  # a batch repeats its matrices, and steering its questions
+def _decided(payoff: bytes, allowed: bytes, rule: str) -> Decision:
+    payoff_UAP = np.frombuffer(payoff, np.float64).reshape(2, 3, 2)
+    allowed_UA = np.frombuffer(allowed, bool).reshape(2, 3)
     with _host_float64():
         solved = jax.device_get(_solve(payoff_UAP, allowed_UA, rule=rule))
     cell, pareto_UA, candidates_UA, values, ties = solved
