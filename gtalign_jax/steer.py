@@ -107,7 +107,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="payoff points per dollar (%(default)s)")
     add("--usage", help=f"expected use per action, {USAGE_FORM}; default: as measured")
     add("--floor", type=float, default=0.0, help="no price chooses a cell with LLM + user below it")
-    add("--decimals", type=int, default=1, help="of the edited matrix (%(default)s)")
+    add("--decimals", type=int, help="of what prices add; default: as the model's own numbers")
     add("--temperature", type=float, default=0.0, help="0: the likeliest token (%(default)s)")
     add("--samples", type=int, default=1, help="completions of each held-out prompt")
     add("--seed", type=int, default=0)
