@@ -24,4 +24,7 @@ def get_config():
     c.seeds = (0, 1, 2)
     c.workdir = "runs/ablation"
     c.run = runpy.run_path(str(DEMO))["get_config"]()
+    # Prices change nothing here: no chains for them, so that every example tells of the game alone.
+    c.run.sft.repriced = 0.0
+    c.run.sft.max_completion_tokens = 80
     return c
