@@ -211,6 +211,29 @@ def test_a_drag_sends_one_decision_at_a_time_and_one_question_when_it_rests(open
     assert tab.asked[1]["pricing"]["output"] == price > 1000
 
 
+def test_sensitivity_use_rule_and_mode_count_too(open_tab):
+    tab, _ = open_tab()
+    page = tab.page
+    tab.ask()
+    tab.see("#move", "asks back")
+    for summary in page.locator(".settings summary").all():
+        summary.click()
+    page.locator("#sensitivity-1").press("End")  # now 30 dollars a million are a great deal
+    tab.see("#after", STEERED)
+    assert tab.asked[-1]["sensitivity"] == [100, 100_000] and tab.asked[-1]["usage"] == {
+        "input": [100, 230, 100], "output": [60, 130, 90], "requests": [1, 2, 1]}
+    page.locator("#mode").select_option("matrix")
+    tab.see("#answered", "The new payoffs alone")
+    assert tab.asked[-1]["mode"] == "matrix" and len(tab.asked) == 3
+    for unit in ("read", "written"):
+        page.get_by_label(f"Asks back: tokens {unit}").fill("1")
+    tab.see("#move", "asks back")
+    assert tab.bodies("v1/game/decide")[-1]["usage"]["output"] == [60, 1, 90]
+    page.locator("#rule").select_option("stackelberg")
+    tab.see("#answered", "The model leads")
+    assert tab.asked[-1]["rule"] == "stackelberg"
+
+
 def test_a_newer_price_takes_the_place_of_the_answer_under_way(open_tab):
     held = asyncio.Event()  # never set: this answer would not come
     tab, engine = open_tab(Script(), Script(held=held), Script())

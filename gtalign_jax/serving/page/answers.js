@@ -1,6 +1,6 @@
 // Two cards to compare answers, and the list of all of them. Model text is only ever a text node.
 
-import { MOVES, capital, make } from "./words.js";
+import { ALONE, MOVES, capital, make } from "./words.js";
 
 // An answer here: {text, gtalign, tokens, reason, price}.
 export function makeCard(article) {
@@ -12,7 +12,7 @@ export function makeCard(article) {
   article.replaceChildren(title, price, move, text, chain);
   const head = (name, cost) => {
     title.textContent = name;
-    price.textContent = cost;
+    price.textContent = cost === name ? "" : cost;
     move.textContent = "";
     chain.hidden = true;
     chain.open = false;
@@ -56,10 +56,11 @@ export function summary({ gtalign, tokens, reason }) {
 }
 
 function showChain(details, gtalign) {
+  const unmoved = gtalign?.pricing?.name === ALONE ? "" : gtalign?.reason; // no price, nothing to do
   const blocks = [
     ["Thinking", block(gtalign?.chain, "thinking")],
     ["Analysis", block(gtalign?.chain, "analyze")],
-    ["Not steered", gtalign?.reason],
+    ["Not steered", unmoved],
   ].filter(([, told]) => told);
   details.hidden = blocks.length === 0;
   details.open = blocks.length > 0;

@@ -4,12 +4,12 @@ import { makeCard, makeHistory } from "./answers.js";
 import { Refused, chat, decide, readGame, setKey } from "./api.js";
 import { between, calm, soon } from "./decisions.js";
 import { makeMatrix } from "./matrix.js";
-import { LAST, describe, fromStep, makePrices, toStep } from "./prices.js";
+import { LAST, fromStep, makePrices, toStep } from "./prices.js";
 import { drawHere, drawStrip, findSegments } from "./strip.js";
-import { ALONE, MOVES, QUESTIONS, make } from "./words.js";
+import { ALONE, MOVES, POLICIES, QUESTIONS, make } from "./words.js";
 
 const REST = 300; // milliseconds without a change: the drag rests
-const BASELINE = "Without a price";
+const BASELINE = POLICIES[ALONE][0];
 const STEERED = "At these prices";
 const EXAMPLES = [
   "Ben asks: What sound does it make?",
@@ -79,26 +79,37 @@ async function startTurn() {
   const question = byId("question").value.trim();
   if (!question) return;
   setKey(byId("key").value);
+  byId("ask-error").hidden = byId("answer-error").hidden = true;
   await guarded("ask-error", async () => {
     await load();
     const mine = { question, seed: prices.seed(), written: null, decided: null, move: null, mode: null };
     turn = mine;
     history.clear();
     byId("history").hidden = true;
-    document.body.dataset.state = "asked";
-    cards.after.plain(STEERED, "The same move so far. Change a price until the model moves.");
-    const first = await answer("before", { pricing: { policy: ALONE } }, BASELINE);
-    if (first === null || mine !== turn) return;
-    const { gtalign } = first;
-    if (!gtalign?.written) {
-      throw new Refused(`Prices cannot steer this answer: ${gtalign?.error ?? "no matrix in it"}.`);
+    // What stood there for the question before stays in its place, dimmed, until this one has its own.
+    const { dataset } = document.body;
+    dataset.state = ["steerable", "asking"].includes(dataset.state) ? "asking" : "asked";
+    try {
+      await firstAnswer(mine);
+    } finally {
+      if (mine === turn && mine.written === null) dataset.state = "asked";
     }
-    mine.written = gtalign.written;
-    mine.move = gtalign.decision.action;
-    document.body.dataset.state = "steerable";
-    surveyed = "";
-    changed();
   });
+}
+
+async function firstAnswer(mine) {
+  cards.after.plain(STEERED, "The same move so far. Change a price until the model moves.");
+  const first = await answer("before", { pricing: { policy: ALONE } }, BASELINE);
+  if (first === null || mine !== turn) return;
+  const { gtalign } = first;
+  if (!gtalign?.written) {
+    throw new Refused(`Prices cannot steer this answer: ${gtalign?.error ?? "no matrix in it"}.`);
+  }
+  mine.written = gtalign.written;
+  mine.move = gtalign.decision.action;
+  document.body.dataset.state = "steerable";
+  surveyed = "";
+  changed();
 }
 
 // Asks the question again under these prices, in place of what is being written for older ones.
@@ -107,6 +118,7 @@ function follow() {
   turn.mode = prices.mode();
   const terms = { ...prices.say(), mode: turn.mode };
   const mine = turn;
+  byId("answer-error").hidden = true;
   guarded("answer-error", async () => {
     try {
       await answer("after", terms, STEERED);
@@ -123,7 +135,7 @@ async function answer(place, terms, title) {
   const mine = new AbortController();
   asking = mine;
   byId("stop").hidden = false;
-  const price = describe(terms.pricing);
+  const price = prices.describe(terms);
   const card = cards[place];
   card.start(title, price);
   const messages = [{ role: "user", content: turn.question }];

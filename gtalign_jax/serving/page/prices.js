@@ -113,6 +113,13 @@ export function makePrices({ policies, ...game }, changed) {
   return {
     say, mode: () => byId("mode").value, seed: () => Number(byId("seed").value),
     active: () => active,
+    // In a few words: the prices, and whatever else is not as usual.
+    describe({ pricing, rule = game.rule, mode = game.mode }) {
+      const unusual = [];
+      if (rule !== game.rule) unusual.push(RULES[rule]?.[0] ?? spaced(rule));
+      if (mode !== game.mode) unusual.push(MODES[mode]?.[0] ?? spaced(mode));
+      return [describe(pricing), ...unusual].join(" · ");
+    },
     // What the controls would say with the active price at another step of its slider.
     sayAt(step) {
       const kept = active.value;
@@ -189,7 +196,7 @@ function makeUsage(known, changed) {
 }
 
 // {"policy": "per_token", "output": 30, "cost_output": 6} -> "Per token: output $30".
-export function describe({ policy, ...values }) {
+function describe({ policy, ...values }) {
   const own = Object.keys(values).filter((name) => !PARAMETERS[name]?.cost);
   const told = (own.length ? own : Object.keys(values))
     .filter((name) => values[name] !== 0 || !PARAMETERS[name]?.signed)

@@ -12,7 +12,7 @@ export const POLICIES = {
   per_request: ["Per request", "You pay for every request, however long. Being asked back makes it two."],
   free: ["Free", "Advertising pays, or a number of free requests that you use up."],
   given: ["Rates of your own", "What each side gains (+) or pays (−)."],
-  none: ["No price", "No money changes hands, and nothing costs."],
+  none: ["Without a price", "No money changes hands, and nothing costs."],
 };
 export const RULES = {
   pareto_welfare: ["Largest sum on the Pareto set", "What the model was trained to do."],
