@@ -35,7 +35,7 @@ from gtalign_jax.rollout.sampler import draw, is_stop, row_keys, uniform
 
 PROMPT_WIDTHS = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)  # of the longest prompt
 FORCED_WIDTHS = (1 / 8, 1 / 4, 1 / 2, 1)  # of the longest completion
-COARSE = 32  # widths are multiples of it: between finer ones there is nothing to gain
+COARSE = 64  # widths are multiples of it: between finer ones there is nothing to gain
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from gtalign_jax.data.chat import decode, token_pieces
+from gtalign_jax.game.decide import RULES, decide
 from gtalign_jax.game.steering import SteeringConfig
 from gtalign_jax.rollout.filters import Filters
 from gtalign_jax.rollout.player import Player
@@ -123,7 +124,10 @@ class Batch:
                                     np.int32(0))
         slots, _ = programs.run(params, slots, self._table_VA, ~self._drop_B, self._go_B)
         self._slots = jax.block_until_ready(slots)
-        return 2 + len(self.config.prompt_widths) + len(self.config.forced_widths)
+        for rule in RULES:  # deciding is a program, too
+            decide(np.zeros((2, 3, 2)), rule)
+        widths = self.config.prompt_widths + self.config.forced_widths
+        return 2 + len(widths) + len(RULES)
 
     def check(self, ask: Ask) -> None:
         """Raises ValueError where the request does not fit."""
