@@ -25,7 +25,7 @@ MATRIX = dataclasses.replace(DEAR, mode="matrix")
 ASKS = tuple(
     Ask(tuple(range(40 + i, 44 + 2 * i)), T, seed=seed, steering=steering)
     for i, (seed, steering) in enumerate(
-        [(0, DEAR), (1, DEAR), (2, None), (3, FREE), (4, MATRIX), (5, DEAR), (6, None), (7, DEAR)]
+        [(7, DEAR), (1, DEAR), (2, None), (3, FREE), (11, MATRIX), (6, DEAR), (6, None), (3, DEAR)]
     )
 )
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from gtalign_jax.data.tokenizer import train_tokenizer
 from gtalign_jax.game.pricing import Usage
-from gtalign_jax.model.spec import init_params
+from gtalign_jax.model.spec import is_spec, param_specs
 from gtalign_jax.rollout.player import Player
 from gtalign_jax.rollout.slots import SlotsConfig
 from gtalign_jax.serving.batch import Batch
@@ -62,13 +62,17 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def player() -> Player:
     ids = lambda text: tokenizer()(text, add_special_tokens=False).input_ids  # noqa: E731
     V = len(tokenizer())
-    cfg = dataclasses.replace(tiny.CFG, vocab_size=V, d_model=V, vocab_multiple=1, init_scale=0.1,
+    cfg = dataclasses.replace(tiny.CFG, vocab_size=V, d_model=V, vocab_multiple=1,
                               tie_embeddings=False)
-    params = init_params(cfg, jax.random.key(0))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(  # by numpy: JAX would compile a program for each shape
+        lambda spec: np.ones(spec.shape, np.float32) if spec.init == "ones"
+        else (0.1 * rng.normal(size=spec.shape)).astype(np.float32),
+        param_specs(cfg), is_leaf=is_spec,
+    )
     # Quiet enough that attention never overrules what may follow.
-    layers = params.layers.replace(o_LNHD=params.layers.o_LNHD * 0.04,
+    layers = params.layers.replace(o_LNHD=params.layers.o_LNHD * 0.02,
                                    down_LFD=params.layers.down_LFD * 0)
-    head_VD = np.array(params.head_VD) / 2
     bonus_DV = np.zeros((V, V), np.float32)
     bonus_DV[:, ids("<thinking>")[0]] = 1  # after whatever the prompt ends with
     for piece, nexts in follows().items():
@@ -76,12 +80,10 @@ def player() -> Player:
         for a, b in zip(before, before[1:], strict=False):
             bonus_DV[a] = np.eye(V)[b]
         bonus_DV[before[-1]] = sum(np.eye(V)[ids(text)[0]] for text in nexts)
-    head_VD += bonus_DV.T.clip(0, 1) * 3
-    return Player(
-        "writer", cfg,
-        params.replace(embed_VD=jnp.eye(V), layers=layers, head_VD=jnp.asarray(head_VD)),
-        tokenizer(), tuple(ids("<|im_end|>")), None, "none", USAGE,
-    )
+    params = params.replace(embed_VD=np.eye(V, dtype=np.float32), layers=layers,
+                            head_VD=params.head_VD / 2 + 3 * bonus_DV.T.clip(0, 1))
+    return Player("writer", cfg, jax.tree.map(jnp.asarray, params), tokenizer(),
+                  tuple(ids("<|im_end|>")), None, "none", USAGE)
 
 
 @functools.cache
