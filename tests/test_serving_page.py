@@ -184,6 +184,8 @@ def test_a_drag_sends_one_decision_at_a_time_and_one_question_when_it_rests(open
     tab.ask()
     tab.see("#strip-words", "from")  # the survey is over
     before, page, slider = len(tab.bodies("v1/game/decide")), tab.page, tab.page.locator(PRICE)
+    tab.until(lambda: tab.now == 0)
+    tab.most = 0
     page.clock.install()
     page.clock.pause_at(page.evaluate("Date.now()") + 1000)  # a slow machine must not look at rest
     slider.scroll_into_view_if_needed()
@@ -223,7 +225,7 @@ def test_sensitivity_use_rule_and_mode_count_too(open_tab):
     assert tab.asked[-1]["sensitivity"] == [100, 100_000] and tab.asked[-1]["usage"] == {
         "input": [100, 230, 100], "output": [60, 130, 90], "requests": [1, 2, 1]}
     page.locator("#mode").select_option("matrix")
-    tab.see("#answered", "The new payoffs alone")
+    tab.see("#answered", "The payoffs alone")
     assert tab.asked[-1]["mode"] == "matrix" and len(tab.asked) == 3
     for unit in ("read", "written"):
         page.get_by_label(f"Asks back: tokens {unit}").fill("1")

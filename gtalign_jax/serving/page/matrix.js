@@ -1,6 +1,6 @@
 // A payoff matrix as a table that is also a heat map; drawn once, then only its numbers change.
 
-import { KEYS, MOVES, QUESTIONS, capital, dollars, make, payoff } from "./words.js";
+import { KEYS, MOVES, QUESTIONS, about, capital, make, payoff } from "./words.js";
 
 // makeMatrix(table, caption) -> show(matrix, {pareto, chosen, money, range}); the cell with
 // the sum (model + user) farthest from zero, or at least at `range`, has the strongest colour.
@@ -61,8 +61,8 @@ function makeMoney() {
     row.hidden = !money;
     if (!money) return;
     for (const [action, model, user] of sides) {
-      model.textContent = dollars(money[action].LLM);
-      user.textContent = dollars(money[action].user);
+      model.textContent = about(money[action].LLM);
+      user.textContent = about(money[action].user);
     }
   };
   return { row, show };

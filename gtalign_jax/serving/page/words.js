@@ -22,8 +22,8 @@ export const RULES = {
   stackelberg: ["The model leads", "It takes the move that pays it best, once you have replied your best."],
 };
 export const MODES = {
-  action: ["The new payoffs and the chosen move", "The model goes on from the move that the rule chose."],
-  matrix: ["The new payoffs alone", "The model analyses them itself, and may choose otherwise."],
+  action: ["The payoffs and the chosen move", "The model goes on from the move that the rule chose."],
+  matrix: ["The payoffs alone", "The model analyses them itself, and may choose otherwise."],
 };
 export const ROWS = {
   played: ["The row of your question", "Prices change what the model does, not how you asked."],
@@ -40,26 +40,28 @@ export const PARAMETERS = {
   output: token("Price of a million output tokens", "output", { first: true }),
   input: token("Price of a million input tokens", "input"),
   price: request("Price of a request", "request", { first: true }),
-  ads: request("Advertising income of a request", "advertising", { first: true }),
-  nuisance: request("What an advertisement costs you in attention", "attention"),
-  quota: request("What one of your free requests is worth to you", "quota"),
-  cost_output: token("A million output tokens cost the provider", "provider's output", { cost: true }),
-  cost_input: token("A million input tokens cost the provider", "provider's input", { cost: true }),
-  user_output: token("You gain by a million output tokens", "you by output", { signed: true, first: true }),
-  user_input: token("You gain by a million input tokens", "you by input", { signed: true }),
-  user_request: request("You gain by a request", "you by request", { signed: true }),
-  llm_output: token("The model gains by a million output tokens", "model by output", { signed: true }),
-  llm_input: token("The model gains by a million input tokens", "model by input", { signed: true }),
-  llm_request: request("The model gains by a request", "model by request", { signed: true }),
+  nuisance: request("Price of an advertisement in your attention", "attention", { first: true }),
+  quota: request("Worth of a free request to you", "quota"),
+  ads: request("Advertising income of a request", "advertising"),
+  cost_output: token("Cost of a million output tokens", "provider's output", { cost: true }),
+  cost_input: token("Cost of a million input tokens", "provider's input", { cost: true }),
+  user_output: token("You, per million output tokens", "you by output", { signed: true, first: true }),
+  user_input: token("You, per million input tokens", "you by input", { signed: true }),
+  user_request: request("You, per request", "you by request", { signed: true }),
+  llm_output: token("The model, per million output tokens", "model by output", { signed: true }),
+  llm_input: token("The model, per million input tokens", "model by input", { signed: true }),
+  llm_request: request("The model, per request", "model by request", { signed: true }),
 };
 
 const short = new Intl.NumberFormat("en", { maximumSignificantDigits: 3 });
-const cash = new Intl.NumberFormat("en", {
-  style: "currency", currency: "USD", minimumFractionDigits: 0, maximumSignificantDigits: 3,
+const cash = (digits) => new Intl.NumberFormat("en", {
+  style: "currency", currency: "USD", minimumFractionDigits: 0, maximumSignificantDigits: digits,
 });
+const [exact, rough] = [cash(3), cash(2)];
 
 export const number = (value) => short.format(value).replace("-", "−");
-export const dollars = (value) => cash.format(value).replace("-", "−");
+export const dollars = (value) => exact.format(value).replace("-", "−");
+export const about = (value) => rough.format(value).replace("-", "−");
 
 // A payoff keeps one decimal, so that columns of numbers stand still while they change.
 export function payoff(value) {
