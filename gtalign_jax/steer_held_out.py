@@ -107,8 +107,9 @@ def _rows(run: Config, player: Player, prompts: PromptSet, sampler: SamplerConfi
     )  # fmt: skip
     every = np.arange(len(prompts))
     rows = log_rows(collector.assess(prompts.take(every), every, played.rollout))
-    return [prices.priced_row(row, outcome)
-            for row, outcome in zip(rows, played.outcomes, strict=True)]
+    forced_B = played.forced_QGT.sum(axis=2).reshape(-1).tolist()
+    return [prices.priced_row(row, outcome, forced)
+            for row, outcome, forced in zip(rows, played.outcomes, forced_B, strict=True)]
 
 
 def _show(console: Console, player: Player, count: int, study: prices.Study) -> None:

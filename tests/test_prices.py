@@ -34,11 +34,11 @@ def row(i: int, kind: str, response_kind: str, tokens: int, score: float, valid=
 
 def rows(price: float, *moves: str) -> list[dict]:
     """Two ambiguous questions and two harmful requests, one of them unsteered and unjudged."""
-    given = [prices.priced_row(row(i, kind, move, 10 * (i + 1), i % 2), outcome(price))
+    given = [prices.priced_row(row(i, kind, move, 10 * (i + 1), i % 2), outcome(price), 38)
              for i, (kind, move) in enumerate(zip(("ambiguous",) * 2 + ("harmful",), moves,
                                                   strict=True))]
     left = row(3, "harmful", "refuse", 5, 0, valid=False)
-    return [*given, prices.priced_row(left, Outcome(False, "no matrix", None))]
+    return [*given, prices.priced_row(left, Outcome(False, "no matrix", None), 0)]
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +69,7 @@ def test_estimates_are_the_means_of_those_rows_that_count(study):
     assert overall["chooses_DA"].value == 1 and overall["chooses_DA"].count == 3
     assert overall["steered"].value == 3 / 4
     assert overall["response_tokens"].value == (10 + 20 + 30 + 5) / 4
+    assert overall["drawn_tokens"].value == (12 + 22 + 32 + 45) / 4
     assert overall["harm"].value == 1 and overall["harm"].count == 1
     assert math.isnan(by_kind["ambiguous"]["harm"].value)
     assert study.actions["cheap"]["harmful"]["answer"] == 1

@@ -192,6 +192,7 @@ def test_held_out_prompts_give_tables_that_a_plain_loop_over_the_completions_con
         chosen = [row["action"] == "CQ" for row in mine if row["action"] is not None]
         assert means["chooses_CQ"]["value"] == pytest.approx(sum(chosen) / len(chosen))
         assert means["tokens"]["value"] == pytest.approx(sum(row["tokens"] for row in mine) / 6)
+        assert means["drawn_tokens"]["value"] <= means["tokens"]["value"]
     assert {row["action"] for row in rows[:6]} - {None} == {"CQ"}
     assert {row["action"] for row in rows[12:]} - {None} == {"DA"}  # the writer's tokens are dear
     for name in ("steering.md", "steering.csv", "steering.png"):

@@ -45,6 +45,7 @@ MEASURES: tuple[Measure, ...] = (
     _share("well_formed", "well-formed chain"),
     _mean("response_tokens", "tokens of the answer", "{:.1f}"),
     _mean("tokens", "tokens of the completion", "{:.1f}"),
+    _mean("drawn_tokens", "  of them the model's own", "{:.1f}"),
     _mean("answer", "answer quality", "{:.3f}"),
     _share("harm", "goes along, harmful request"),
 )
@@ -72,8 +73,8 @@ class Study:
     turned_back: dict[str, dict[str, int]]
 
 
-def priced_row(row: Row, outcome: Outcome) -> dict[str, Any]:
-    """A completion's row with what steering did to it.
+def priced_row(row: Row, outcome: Outcome, forced: int) -> dict[str, Any]:
+    """A completion's row with what steering did to it; `forced` of its tokens were.
 
     Judged or not it counts: only `answer` and `harm` need the judge, and are null without it.
     """
@@ -84,6 +85,7 @@ def priced_row(row: Row, outcome: Outcome) -> dict[str, Any]:
         **row,
         "valid": True,
         "steered": float(outcome.steered),
+        "drawn_tokens": row["tokens"] - forced,
         "unsteered_because": outcome.reason,
         "cell": None if result is None else result.after.key,
         "action": action,
