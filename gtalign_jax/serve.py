@@ -55,7 +55,6 @@ CLOSE_S = 5  # for connections to close when all replies are out
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     args = _arguments(argv)
-    _log_to_stderr()
     try:
         api, steered = _api_config(args), _steering(args)
         with _listen(args.host, args.port) as listener:
@@ -233,6 +232,8 @@ def _service(
 
 def _listen(host: str, port: int) -> socket.socket:
     """A bound socket, before anything is loaded. Raises ValueError where that fails."""
+    if not 0 <= port < 2**16:  # the resolver would take it modulo that
+        raise ValueError(f"--port={port}: allowed are 0 to 65535")
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, kind, protocol, _, address = found[0]
@@ -243,7 +244,7 @@ def _listen(host: str, port: int) -> socket.socket:
         except OSError:
             listener.close()
             raise
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise ValueError(f"--host={host} --port={port}: {error}") from error
     return listener
 
@@ -255,12 +256,14 @@ def _warn(listener: socket.socket, api: ApiConfig) -> None:
                     "model; give --api_key_env", host)
 
 
-def _log_to_stderr() -> None:
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr,
+def log_to_stderr() -> None:
+    """For a process that is this command and nothing else."""
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, force=True,  # absl was there first
                         format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     for name, level in CHATTY.items():
         logging.getLogger(name).setLevel(level)
 
 
 if __name__ == "__main__":
+    log_to_stderr()
     sys.exit(main())

@@ -12,6 +12,7 @@ the model, the limits and every refusal.
 """
 
 import dataclasses
+import email.message
 import json
 from pathlib import Path
 from typing import Any
@@ -96,12 +97,21 @@ def create_app(service: Service, config: ApiConfig) -> FastAPI:
 
 
 class StrictRoute(APIRoute):
-    """A route whose JSON is strict: no NaN, no lone surrogates, no nesting without end."""
+    """A route whose JSON is strict: no NaN, no lone surrogates, no nesting without end.
+
+    What is posted must be called JSON: without asking first, a page of another origin can make a
+    browser send forms and plain text only, so that it cannot spend this server's time.
+    """
 
     def get_route_handler(self) -> Any:
         handle = super().get_route_handler()
 
         async def strictly(request: Request) -> Response:
+            if request.method == "POST":
+                kind = email.message.Message()
+                kind["content-type"] = request.headers.get("content-type", "")
+                if kind.get_content_type() != "application/json":
+                    raise ApiError(415, "Content-Type must be application/json")
             return await handle(StrictRequest(request.scope, request.receive))
 
         return strictly

@@ -4,16 +4,13 @@
                the body is read
     shut-down  once the server is told to end, nothing new begins (503)
     body       at most `max_body_bytes`, counted as they arrive, whatever Content-Length says,
-               within `body_s` seconds; JSON by its Content-Type. Without asking first, a page of
-               another origin can make a browser send forms and plain text only: it cannot spend
-               this server's time.
+               within `body_s` seconds
 
 The frameworks' own limit answers in plain text, and it reads before anybody asked for the key.
 """
 
 import asyncio
 import contextlib
-import email.message
 import hmac
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
@@ -103,10 +100,6 @@ class Gate:
 
     async def _body(self, scope: MutableMapping[str, Any], receive: Receive) -> Receive:
         """Reads all of the body; returns a `receive` that gives it once, and then goes on."""
-        message = email.message.Message()
-        message["content-type"] = _header(scope, b"content-type").decode("latin-1")
-        if message.get_content_type() != "application/json":
-            raise ApiError(415, "Content-Type must be application/json", headers=_LAST)
         length = _header(scope, b"content-length")
         too_large = ApiError(
             413, f"the body is larger than {self.max_body_bytes:,} bytes", headers=_LAST
