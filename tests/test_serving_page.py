@@ -156,7 +156,7 @@ def test_a_price_moved_by_keyboard_changes_the_choice_and_then_the_answer(open_t
     tab.see("#move", "asks back")
     tab.see("#strip-words", "from")
     assert edge(tab.page.locator("#strip-words").inner_text()) == pytest.approx(EDGE, rel=0.07)
-    assert tab.page.locator("#after").inner_text().startswith("At these prices\n")
+    assert tab.page.locator("#after").inner_text().startswith("With a price\n")
     assert len(tab.asked) == 1 and tab.asked[0]["pricing"] == {"policy": "none"}
 
     tab.page.locator(PRICE).focus()

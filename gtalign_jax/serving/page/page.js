@@ -10,7 +10,7 @@ import { ALONE, MOVES, POLICIES, QUESTIONS, make } from "./words.js";
 
 const REST = 300; // milliseconds without a change: the drag rests
 const BASELINE = POLICIES[ALONE][0];
-const STEERED = "At these prices";
+const STEERED = "With a price";
 const EXAMPLES = [
   "Ben asks: What sound does it make?",
   "What is the capital of Norway? Ida must know.",
@@ -19,7 +19,7 @@ const EXAMPLES = [
 ];
 
 const byId = (id) => document.getElementById(id);
-const showEdited = makeMatrix(byId("edited"), STEERED);
+const showEdited = makeMatrix(byId("edited"), "At these prices");
 const showWritten = makeMatrix(byId("written"), "As the model wrote it");
 const cards = { before: makeCard(byId("before")), after: makeCard(byId("after")) };
 const history = makeHistory(byId("answered"), (answer) => {
