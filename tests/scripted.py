@@ -167,11 +167,11 @@ class Got:
 async def call(
     app: Callable, method: str, path: str, body: bytes | Sequence[bytes] = b"",
     headers: Mapping[str, str] | None = None, leave: asyncio.Event | None = None,
-    arrived: asyncio.Event | None = None,
+    arrived: asyncio.Event | None = None, pieces: int = 1,
 ) -> Got:  # fmt: skip
     """One request. A body in several pieces is sent as chunks; the client goes when `leave` is set;
-    `arrived` is set with the first piece of the reply's body."""
-    pieces = [body] if isinstance(body, bytes) else list(body)
+    `arrived` is set with so many `pieces` of the reply's body."""
+    to_send = [body] if isinstance(body, bytes) else list(body)
     given = {"content-type": "application/json", **(headers or {})}
     scope = {
         "type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1",
@@ -182,9 +182,9 @@ async def call(
     got, over = Got(), asyncio.Event()
 
     async def receive() -> dict[str, Any]:
-        if pieces:
-            piece = pieces.pop(0)
-            return {"type": "http.request", "body": piece, "more_body": bool(pieces)}
+        if to_send:
+            piece = to_send.pop(0)
+            return {"type": "http.request", "body": piece, "more_body": bool(to_send)}
         await (over if leave is None else leave).wait()
         return {"type": "http.disconnect"}
 
@@ -194,7 +194,7 @@ async def call(
             got.headers = {k.decode(): v.decode() for k, v in message["headers"]}
         else:
             got.parts.append(message.get("body", b""))
-            if arrived is not None:
+            if arrived is not None and len(got.parts) >= pieces:
                 arrived.set()
 
     try:

@@ -385,7 +385,7 @@ def test_sigterm_lets_a_reply_finish_refuses_new_ones_and_ends_with_status_0():
     env = os.environ | {"PYTHONPATH": os.pathsep.join(("tests", ".")), "SERVE_KEY": "k"}
     process = subprocess.Popen(
         [sys.executable, "-c", CHILD, "--model=writer", "--port=0", "--prompt_tokens=32",
-         "--new_tokens=96", "--slots=1", "--api_key_env=SERVE_KEY"],
+         "--new_tokens=31", "--slots=1", "--api_key_env=SERVE_KEY"],
         cwd=ROOT, env=env, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, text=True,
     )  # fmt: skip

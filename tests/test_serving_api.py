@@ -18,6 +18,7 @@ from gtalign_jax.serving.api import ApiConfig, create_app
 from gtalign_jax.serving.chat import NO_USE
 from gtalign_jax.serving.engine import EngineError, Overloaded
 from gtalign_jax.serving.gate import SECURITY
+from gtalign_jax.serving.stream import STILL_HERE
 
 DEAR = "per_token:output=3000"
 
@@ -200,6 +201,27 @@ def test_a_fault_after_the_first_piece_is_an_event_and_the_stream_ends_without_d
     assert got.events[-1]["error"]["code"] == "deadline_exceeded"
     assert got.events[-2]["choices"][0]["delta"]["content"]
     assert engine.tickets[0].cancelled
+
+
+def test_a_stream_that_waits_says_now_and_then_that_it_is_still_there(monkeypatch):
+    monkeypatch.setattr("gtalign_jax.serving.stream.SILENCE_S", 0.01)
+
+    async def scene():
+        held, waited = asyncio.Event(), asyncio.Event()
+        app, engine = make(Script(held=held))
+        arrived = asyncio.create_task(
+            call(app, "POST", "/v1/chat/completions", ask(stream=True), arrived=waited,
+                 pieces=2)
+        )
+        await waited.wait()
+        held.set()
+        return await arrived
+
+    got = asyncio.run(asyncio.wait_for(scene(), 30))
+    assert STILL_HERE in got.parts
+    got.parts = [part for part in got.parts if part != STILL_HERE]
+    assert "".join(delta.get("content", "") for delta in deltas(got)) == RESPONSE
+    assert got.events[-1] == "[DONE]"
 
 
 # ------------------------------------------------------------------------------- what goes wrong

@@ -11,6 +11,8 @@ from gtalign_jax.serving.gate import Disconnected, Message, Receive, Send
 
 T = TypeVar("T")
 SLOW_S = 30.0  # how long a client may leave a piece of a stream untaken
+SILENCE_S = 15.0  # after which a comment keeps proxies from taking the stream for dead
+STILL_HERE = b": still here\n\n"
 
 
 async def while_there(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
@@ -59,7 +61,19 @@ class EventStream(Response):
     async def _pump(self, send: Callable[[Message], Awaitable[None]]) -> None:
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         await send(start)
-        async for chunk in self.events:
-            async with asyncio.timeout(SLOW_S):
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        coming = asyncio.ensure_future(anext(self.events, b""))
+        try:
+            while True:
+                done, _ = await asyncio.wait({coming}, timeout=SILENCE_S)
+                chunk = coming.result() if done else STILL_HERE
+                async with asyncio.timeout(SLOW_S):
+                    await send({
+                        "type": "http.response.body", "body": chunk, "more_body": bool(chunk),
+                    })  # fmt: skip
+                if not chunk:
+                    return
+                if done:
+                    coming = asyncio.ensure_future(anext(self.events, b""))
+        finally:  # before anybody closes the events, nobody must be waiting for one
+            coming.cancel()
+            await asyncio.gather(coming, return_exceptions=True)
