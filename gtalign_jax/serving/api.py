@@ -247,8 +247,14 @@ def _description(app: FastAPI, service: Service, config: ApiConfig) -> dict[str,
         found = get_openapi(
             title=app.title, version=app.version, description=app.description, routes=app.routes
         )
-        chat_fields = found["components"]["schemas"]["ChatRequest"]["properties"]
+        chat_schema = found["components"]["schemas"]["ChatRequest"]
+        chat_fields = chat_schema["properties"]
         chat_fields["model"]["enum"] = [service.name]
+        question = [{"role": "user", "content": "How tall is the tower?"}]
+        chat_schema["examples"] = [
+            {"model": service.name, "messages": question},
+            {"model": service.name, "messages": question, "pricing": "none", "stream": True},
+        ]
         limits = service.engine.config
         for name in ("max_tokens", "max_completion_tokens"):
             chat_fields[name]["anyOf"][0]["maximum"] = limits.new_tokens
