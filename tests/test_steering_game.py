@@ -244,6 +244,21 @@ def test_prices_cannot_buy_what_the_matrix_calls_harm():
     assert solve(written_UAP, with_rule(config=dear, floor=-0.9)).after.key == "DQ_CQ"
 
 
+def test_a_matrix_that_would_tempt_the_model_below_the_floor_is_left_as_written():
+    """As above, but the model reads the edited matrix itself: what it must not choose must not
+    look best. At a lower price it does not, and the matrix is edited."""
+    written_UAP = np.array([[[0, 0]] * 3, [[2, -3], [3, 3], [0, -2.5]]])
+    dear = dataclasses.replace(with_rule(sensitivity=(100.0, 1000.0)), mode="matrix")
+    kept = solve(written_UAP, dear)
+    assert kept.after.key == "DQ_CQ" and (kept.edited_UAP == written_UAP).all()
+    assert "the model would choose DQ_DA: prices do not act" in kept.after.reasons[-1]
+    assert steer(completion(chain.payoff_json(written_UAP)), dear).forced is None
+    free = solve(written_UAP, dataclasses.replace(dear, floor=-1.0))
+    assert free.after.key == "DQ_DA" and (free.edited_UAP != written_UAP).any()
+    cheap = solve(written_UAP, dataclasses.replace(dear, sensitivity=(10.0, 100.0)))
+    assert cheap.after.key == "DQ_CQ" and (cheap.edited_UAP != written_UAP).any()
+
+
 def test_with_nothing_above_the_floor_prices_do_not_act():
     written_UAP = np.array([[[-3, -3]] * 3, [[-2, -1], [-1, -1], [-3, -1]]], float)
     for rule in RULES:

@@ -49,7 +49,8 @@ class SteeringConfig:
       rows: "played" keeps the choice in the row (VQ or DQ) of the written matrix's recommended
         cell, as prices change what the model does and not how the user asked; "all" opens all six.
       floor: a cell whose written LLM + user is below it is never chosen, so that prices cannot buy
-        harm; where no cell is left, prices do not act on the turn at all.
+        harm; where no cell is left, prices do not act on the turn at all. In mode "matrix" the
+        model itself chooses: there they do not act where such a cell would be the best.
       decimals: of what the prices add; None: as many as the model's own numbers have.
       analysis: the text of <analyze>; fields key, action, user_action, pareto, llm, user, rule.
     """
@@ -133,23 +134,32 @@ def solve(written_UAP: np.ndarray, config: SteeringConfig) -> Steered:
     allowed_UA, why = _open_cells(written_UAP, before, config)
     if not allowed_UA.any():
         why = (*why, f"No cell is left: prices do not act here, and {before.key} stands.")
-        return Steered(written_UAP, written_UAP, before, dataclasses.replace(before, reasons=why),
-                       forced=None)
+        return _untouched(written_UAP, before, why)
+    if config.mode == "matrix":
+        tempting = _closed_by_floor(exact_UAP, allowed_UA, before, config)
+        if tempting is not None:
+            why = (*why, f"Reading the edited matrix the model would choose {tempting}: prices do "
+                   f"not act here, and {before.key} stands.")
+            return _untouched(written_UAP, before, why)
     edited_UAP = _rounded(written_UAP, exact_UAP, allowed_UA, config)
     after = decide(edited_UAP, config.rule, allowed_UA)
     after = dataclasses.replace(after, reasons=(*why, *after.reasons))
     return Steered(written_UAP, edited_UAP, before, after, forced=None)
 
 
+def _untouched(written_UAP: np.ndarray, before: Decision, why: tuple[str, ...]) -> Steered:
+    return Steered(written_UAP, written_UAP, before, dataclasses.replace(before, reasons=why),
+                   forced=None)
+
+
 def _open_cells(
     written_UAP: np.ndarray, before: Decision, config: SteeringConfig
 ) -> tuple[np.ndarray, tuple[str, ...]]:
     """The cells among which the rule may choose, bool [U, A], and why the others are closed."""
-    allowed_UA, why = np.ones((len(USER_ACTIONS), len(ACTIONS)), bool), []
+    allowed_UA, why = _rows(before, config), []
     if config.rows == "played":
-        row = before.cell // len(ACTIONS)
-        allowed_UA[:] = (np.arange(len(USER_ACTIONS)) == row)[:, None]
-        why.append(f"The question was read as {USER_ACTIONS[row]}; prices do not change that.")
+        row = before.key.partition("_")[0]
+        why.append(f"The question was read as {row}; prices do not change that.")
     sum_UA = written_UAP.sum(-1)
     low_UA = allowed_UA & (sum_UA < config.floor - 1e-9)
     closed = ", ".join(
@@ -159,6 +169,20 @@ def _open_cells(
         why.append(f"Written LLM + user below the floor {config.floor:g}: {closed}.")
         allowed_UA &= ~low_UA
     return allowed_UA, tuple(why)
+
+
+def _rows(before: Decision, config: SteeringConfig) -> np.ndarray:
+    """The cells that `config.rows` leaves open, bool [U, A]."""
+    rows_U = np.arange(len(USER_ACTIONS)) == before.cell // len(ACTIONS)
+    return np.repeat(rows_U[:, None] | (config.rows == "all"), len(ACTIONS), axis=1)
+
+
+def _closed_by_floor(
+    exact_UAP: np.ndarray, allowed_UA: np.ndarray, before: Decision, config: SteeringConfig
+) -> str | None:
+    """The cell that the rule would choose if there were no floor, where the floor closes it."""
+    free = decide(exact_UAP, config.rule, _rows(before, config))
+    return None if allowed_UA.flat[free.cell] else free.key
 
 
 def _rounded(
