@@ -12,10 +12,10 @@ from gtalign_jax.model.sharding import ROLLOUT, Layout, MeshConfig, make_mesh, p
 from gtalign_jax.rollout.sampler import SamplerConfig, make_sampler
 from gtalign_jax.rollout.slots import SlotsConfig, make_slots, settings
 from gtalign_jax.rollout.stopping import stop_table
+from gtalign_jax.training.compiles import compilations
 
 STOPS = (17, 42)
 CONFIG = SlotsConfig(slots=3, prompt_tokens=9, new_tokens=12, burst=4)
-NONE = np.zeros(3, bool)
 WIDE = 24  # of the reference's prompts: padding changes nothing, so one program serves all
 NOWHERE = stop_table(["c"] * tiny.CFG.padded_vocab_size, "aa")
 
@@ -69,7 +69,8 @@ class Table:
         self.stops_at = stops_at
         self.programs, self.params = made or programs(), params or tiny.params()
         self.slots = self.programs.empty(self.params)
-        self.tokens = [[] for _ in range(3)]
+        self.rows = range(self.programs.config.slots)
+        self.tokens = [[] for _ in self.rows]
         self.news = None
 
     def admit(self, row: int, request: Request) -> None:
@@ -82,11 +83,13 @@ class Table:
                                          length_Q, how)
         self.tokens[row] = []
 
-    def run(self, drop=NONE, go=NONE) -> None:
+    def run(self, drop=(), go=()) -> None:
+        """`drop` and `go` are rows."""
+        drop, go = (np.isin(self.rows, list(rows)) for rows in (drop, go))
         self.slots, news = self.programs.run(self.params, self.slots, self.stops_at, drop,
                                             go)
         self.news = jax.device_get(news)
-        for row in range(3):
+        for row in self.rows:
             self.tokens[row] += self.news.tokens_BN[row, : self.news.count_B[row]].tolist()
 
     def finish(self, row: int) -> list[int]:
@@ -109,7 +112,7 @@ def served(made=None, params=None) -> list[tuple[list[int], bool]]:
     rows: dict[int, int] = {}
     done: dict[int, tuple[list[int], bool]] = {}
     while waiting or rows:
-        free = [row for row in range(3) if row not in rows]
+        free = [row for row in table.rows if row not in rows]
         if waiting and free:  # one at a time: they are never in step
             rows[free[0]] = waiting.pop(0)
             table.admit(free[0], REQUESTS[rows[free[0]]])
@@ -130,16 +133,24 @@ def test_a_slot_draws_what_the_batch_sampler_draws_whoever_sits_beside_it():
 
 
 @pytest.mark.slow
-def test_two_devices_draw_the_tokens_of_one():
-    layout = Layout(make_mesh(MeshConfig(fsdp=1, tensor=2), jax.devices()[:2]), ROLLOUT)
+def test_a_mesh_that_cuts_rows_and_heads_draws_the_tokens_of_one_device():
+    layout = Layout(make_mesh(MeshConfig(fsdp=2, tensor=2), jax.devices()[:4]), ROLLOUT)
     params = jax.device_put(tiny.params(), param_shardings(tiny.CFG, layout))
-    made = make_slots(tiny.CFG, CONFIG, STOPS, layout)
-    assert served(made, params) == served()
+    made = make_slots(tiny.CFG, dataclasses.replace(CONFIG, slots=4), STOPS, layout)
+    alone, own = served(), expected(REQUESTS[0])
+    table = Table(made, params)
+    table.admit(3, REQUESTS[0])
+    table.run()
+    table.splice(3, own[0], 1, own[1:3])
+    assert table.finish(3) == own
+    before = compilations()
+    assert served(made, params) == alone
+    assert compilations() == before
 
 
-def test_a_mesh_that_cuts_the_batch_is_refused():
+def test_slots_that_a_mesh_would_cut_unevenly_are_refused():
     layout = Layout(make_mesh(MeshConfig(fsdp=2), jax.devices()[:2]), ROLLOUT)
-    with pytest.raises(ValueError, match="tensor alone"):
+    with pytest.raises(ValueError, match="slots=3: must be a multiple of 2"):
         make_slots(tiny.CFG, CONFIG, STOPS, layout)
 
 
@@ -149,7 +160,7 @@ def test_a_row_that_is_dropped_stays_silent_and_its_neighbour_does_not_notice():
     table.admit(1, REQUESTS[5])
     table.run()
     assert len(table.tokens[0]) == 4
-    table.run(drop=np.array([True, False, False]))
+    table.run(drop=[0])
     assert len(table.tokens[0]) == 4 and not table.news.live_B[0]
     assert table.finish(1) == expected(REQUESTS[5])
     assert len(table.tokens[0]) == 4
@@ -198,15 +209,19 @@ def test_a_row_pauses_where_the_text_ends_while_its_neighbour_decodes_on():
     assert not table.news.live_B[0] and not table.news.stopped_B[0]
     table.run()
     assert table.tokens[0] == own[:6]
-    table.run(go=np.array([True, False, False]))  # and it does not pause again
+    table.run(go=[0])  # and it does not pause again
     assert table.finish(0) == own
     assert table.finish(1) == other
 
 
 def test_settings_are_data_and_no_program_is_compiled_twice():
+    for request in REQUESTS[:2]:
+        table = Table()
+        table.admit(0, request)
+        table.run()
+    before = compilations()
     served()
-    made = programs()
-    assert made.admit._cache_size() == made.run._cache_size() == 1
+    assert compilations() == before
 
 
 def test_widths_are_few_and_end_with_the_longest():

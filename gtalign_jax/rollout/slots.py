@@ -149,13 +149,13 @@ class SlotPrograms:
 
 def make_slots(cfg: ModelConfig, config: SlotsConfig, stop_ids: tuple[int, ...],
                layout: Layout | None = None) -> SlotPrograms:
-    """The programs for a model. Raises ValueError for a mesh that cuts the batch."""
+    """The programs for a model. Raises ValueError where a mesh cuts the slots unevenly."""
     if not stop_ids:
         raise ValueError("stop_ids is empty: a row could only end by running out of tokens")
-    if layout is not None and layout.axis_size("prompts") > 1:
+    if layout is not None and config.slots % layout.axis_size("prompts"):
         raise ValueError(
-            f"mesh {dict(layout.mesh.shape)}: rows are admitted one at a time, so a mesh may have "
-            "the axis tensor alone; for more requests at once start a server per group of devices"
+            f"slots={config.slots}: must be a multiple of {layout.axis_size('prompts')}, into "
+            f"which the mesh {dict(layout.mesh.shape)} cuts the rows"
         )
 
     def empty(params: Params) -> Slots:
@@ -211,7 +211,7 @@ def _empty(cfg: ModelConfig, config: SlotsConfig, dtype) -> Slots:
 
 
 def _shardings(cfg: ModelConfig, config: SlotsConfig, layout: Layout | None):
-    """Where slots lie: caches by heads, everything else whole on every device."""
+    """Where slots lie: caches by rows and heads, everything else whole on every device."""
     if layout is None:
         return None
     shapes = jax.eval_shape(lambda p: _empty(cfg, config, p.embed_VD.dtype), abstract_params(cfg))
@@ -226,9 +226,12 @@ def _admit(params: Params, cfg: ModelConfig, layout: Layout | None, slots: Slots
            length_Q, how: Settings) -> Slots:
     """What lies in the slot past the new prompt's width or length is masked by its length."""
     last_Q, stream_Q = forward.split_prompt(tokens_QS, length_Q)
-    new = forward.prefill(params, cfg, tokens_QS, stream_Q, layout)
+    # Where a mesh cuts rows, each part of it reads the prompt: one part alone would be no faster.
+    parts = 1 if layout is None else layout.axis_size("prompts")
+    new = forward.prefill(params, cfg, jnp.tile(tokens_QS, (parts, 1)), jnp.tile(stream_Q, parts),
+                          layout)
     put = lambda cache, new: jax.lax.dynamic_update_slice(  # noqa: E731
-        cache, new, (0, row, 0, 0, 0)
+        cache, new[:, :1], (0, row, 0, 0, 0)
     )
     return slots.replace(
         prompt=PromptCache(
