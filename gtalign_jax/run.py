@@ -70,8 +70,9 @@ def _example_set(session: Session) -> ExampleSet:
         if rng.random() < config.sft.repriced:
             before, matrix, after = (encode_completion(session.tokenizer, part)
                                      for part in coldstart.render_repriced(prompt, rng))
-            completions[i] = [*before, *matrix, *after, eos]
-            given[i] = len(before), len(before) + len(matrix)
+            whole = [*before, *matrix, *after, eos]
+            if len(whole) <= limit:  # large numbers are long; the chain as it was is not
+                completions[i], given[i] = whole, (len(before), len(before) + len(matrix))
     kept = [
         row for row in zip(prompts, completions, given, strict=True)
         if len(row[0]) <= config.data.max_prompt_tokens and len(row[1]) <= limit
