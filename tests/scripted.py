@@ -115,6 +115,12 @@ class Engine:
         self.tickets.append(Ticket(ask, script))
         return self.tickets[-1]
 
+    async def stop(self, grace_s: float) -> None:
+        """What still runs goes on to its fault."""
+        for ticket in self.tickets:
+            if ticket.script.held is not None:
+                ticket.script.held.set()
+
     def state(self) -> dict[str, Any]:
         return {"phase": self.phase, "error": "/secret/path", "busy": 0}
 

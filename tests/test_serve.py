@@ -21,6 +21,7 @@ from pathlib import Path
 
 import openai
 import pytest
+import scripted
 import writer
 
 from gtalign_jax import serve
@@ -28,7 +29,7 @@ from gtalign_jax.game import pricing
 from gtalign_jax.game.steering import SteeringConfig
 from gtalign_jax.serving.api import ApiConfig, create_app
 from gtalign_jax.serving.chat import Service
-from gtalign_jax.serving.engine import Engine, EngineConfig
+from gtalign_jax.serving.engine import Engine, EngineConfig, EngineError
 
 ROOT = Path(__file__).resolve().parent.parent
 # Few widths, so few programs to compile.
@@ -50,7 +51,8 @@ def serving(service: Service, config: ApiConfig, grace_s: float = 10):
             time.sleep(0.01)
         yield server
     finally:
-        server.loop.call_soon_threadsafe(server.end)
+        with contextlib.suppress(RuntimeError):  # a test has ended it
+            server.loop.call_soon_threadsafe(server.end)
         thread.join(30)
         assert not thread.is_alive()
         listener.close()
@@ -368,6 +370,21 @@ def test_flags_steer_requests_that_say_nothing_and_need_known_use():
     given = '--usage={"input": [1, 2, 3], "output": [4, 5, 6]}'
     assert service("--pricing=per_token", given, usage=None).steering.usage.output == (4, 5, 6)
     assert service(given).steering.usage.output == (4, 5, 6)
+
+
+def test_what_does_not_finish_in_the_grace_time_is_told_so():
+    script = scripted.Script(held=asyncio.Event(), before=len(scripted.CHAIN) - 20,
+                             fault=EngineError("the server is shutting down"))
+    service = scripted.service(scripted.Engine(script))
+    with serving(service, ApiConfig(), grace_s=0.1) as server:
+        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="-", max_retries=0) as client:
+            stream = client.chat.completions.create(
+                model="tiny", messages=QUESTION, stream=True
+            )
+            next(chunk for chunk in stream if chunk.choices[0].delta.content)
+            server.loop.call_soon_threadsafe(server.end)
+            with pytest.raises(openai.APIError, match="could not answer"):
+                list(stream)
 
 
 CHILD = """

@@ -9,7 +9,7 @@ import numpy as np
 from gtalign_jax.game import pricing, steering
 from gtalign_jax.game.chain import ACTIONS, KEYS, PLAYERS, USER_ACTIONS
 from gtalign_jax.game.decide import RULES
-from gtalign_jax.serving.chat import NO_USE, Service
+from gtalign_jax.serving.chat import Service
 from gtalign_jax.serving.errors import ApiError
 from gtalign_jax.serving.protocol import DecideRequest
 from gtalign_jax.serving.replies import Described, GameReply, Parameter, PolicyCard
@@ -44,7 +44,6 @@ ROWS = {
 def game(service: Service) -> GameReply:
     """All policies with their parameters and defaults, rules, modes, and the server's settings."""
     config = service.steering
-    use = None if config.usage is NO_USE else dataclasses.asdict(config.usage)
     return GameReply(
         model=service.name,
         actions=list(ACTIONS), user_actions=list(USER_ACTIONS), keys=list(KEYS),
@@ -52,7 +51,8 @@ def game(service: Service) -> GameReply:
         rules={name: rule.summary for name, rule in RULES.items()},
         modes={name: MODES[name] for name in steering.MODES},
         rows={name: ROWS[name] for name in steering.ROWS},
-        usage=use, sensitivity=list(config.sensitivity), pricing=config.pricing.name,
+        usage=service.usage and dataclasses.asdict(service.usage),
+        sensitivity=list(config.sensitivity), pricing=config.pricing.name,
         rule=config.rule, mode=config.mode, floor=config.floor,
         steered_by_default=service.steered,
     )  # fmt: skip
