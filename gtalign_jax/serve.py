@@ -160,6 +160,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--pricing", action="append", default=[], help='such as "per_token:output=30"')
     add("--rule", choices=list(RULES))
     add("--mode", choices=list(steering.MODES), default=SteeringConfig.mode)
+    add("--rows", choices=list(steering.ROWS), default=SteeringConfig.rows)
+    add("--floor", type=float, default=SteeringConfig.floor,
+        help="no price chooses a cell with LLM + user below it; a request may only raise it")
     add("--sensitivity", default="", help="payoff points per US dollar: LLM,USER")
     add("--usage", default="", help='{"input": [DA, CQ, AQ], "output": …}: expected tokens')
     return parser.parse_args(argv)
@@ -178,7 +181,7 @@ def _api_config(args: argparse.Namespace) -> ApiConfig:
 
 def _steering(args: argparse.Namespace) -> SteeringConfig:
     """What the flags say; its usage is NO_USE without --usage."""
-    settings: dict = {"mode": args.mode}
+    settings: dict = {"mode": args.mode, "rows": args.rows, "floor": args.floor}
     if args.rule:
         settings["rule"] = args.rule
     if args.sensitivity:
@@ -198,7 +201,7 @@ def _steering(args: argparse.Namespace) -> SteeringConfig:
             pricing=pricing.read(args.pricing or "none"), usage=usage, **settings
         )
     except ValueError as error:
-        raise ValueError(f"--pricing, --rule, --mode, --sensitivity: {error}") from error
+        raise ValueError(f"--pricing, --rule, --floor, --sensitivity: {error}") from error
 
 
 def _engine_config(args: argparse.Namespace, player: Player) -> EngineConfig:

@@ -88,17 +88,24 @@ def test_all_of_a_requests_steering_reaches_the_engine_and_the_servers_own_fills
     use = {"input": [1, 2, 1], "output": [3, 4, 5]}
     post(app, ask(
         pricing=[{"policy": "per_token"}, "per_request:price=1"], rule="egalitarian",
-        mode="matrix", rows="all", sensitivity=[1, 2.5], usage=use, floor=-1,
+        mode="matrix", rows="all", sensitivity=[1, 2.5], usage=use, floor=2,
     ))  # fmt: skip
     config = engine.tickets[0].ask.steering
     assert config.pricing == pricing.compose(
         pricing.read("per_token"), pricing.read("per_request:price=1")
     )
     assert (config.rule, config.mode, config.rows) == ("egalitarian", "matrix", "all")
-    assert (config.sensitivity, config.floor) == ((1, 2.5), -1)
+    assert (config.sensitivity, config.floor) == ((1, 2.5), 2)
     assert config.usage == pricing.read_usage(use)
     post(app, ask())
     assert engine.tickets[1].ask.steering == scripted.service(engine).steering
+
+
+def test_a_request_may_raise_the_servers_floor_and_not_lower_it():
+    app, engine = make(steered=True)
+    for floor in (-9, 0, 3):
+        post(app, ask(pricing=DEAR, floor=floor))
+    assert [ticket.ask.steering.floor for ticket in engine.tickets] == [0, 0, 3]
 
 
 @pytest.mark.parametrize("prices", [None, DEAR])

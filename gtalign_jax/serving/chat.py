@@ -65,6 +65,8 @@ class Service:
         """The server's settings with what a request asks for. Raises ApiError."""
         given = {name: getattr(asked, name) for name in Steer.STEERING}
         given = {name: value for name, value in given.items() if value is not None}
+        # Prices must not buy harm: what the server holds to, a request cannot undo.
+        given["floor"] = max(given.get("floor", self.steering.floor), self.steering.floor)
         if "sensitivity" in given:
             given["sensitivity"] = tuple(given["sensitivity"])
         config = dataclasses.replace(self.steering, **given)

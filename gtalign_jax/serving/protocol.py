@@ -205,7 +205,7 @@ class Steer(Strict):
     rule: Rule | None = None
     mode: Literal[steering.MODES] | None = None
     rows: Literal[steering.ROWS] | None = None
-    floor: Payoff | None = None
+    floor: Payoff | None = Field(None, description="Counts where it is above the server's own.")
 
     @property
     def asked(self) -> bool:
