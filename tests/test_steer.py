@@ -14,17 +14,25 @@ from gtalign_jax import policies, steer, steer_held_out, steer_questions, steere
 from gtalign_jax.data.chat import decode, encode_completion
 from gtalign_jax.game.chain import KEYS
 
-QUESTIONS = ("Why?", "Which one?")
+QUESTIONS = tuple(f"Which {thing}?" for thing in "abcdefgh")
 COMMAND = ["--model=writer", "--pricing=none", "--pricing=per_token:output=100,input=25",
            *(f"--question={text}" for text in QUESTIONS), "--temperature=1", "--seed=3",
            "--max_new_tokens=256"]  # fmt: skip
+
+
+def player():
+    """The writer without attention: on any prompt every second matrix is broken, by the draw."""
+    whole = writer.player()
+    layers = whole.params.layers
+    quiet = layers.replace(o_LNHD=layers.o_LNHD * 0)
+    return dataclasses.replace(whole, params=whole.params.replace(layers=quiet))
 
 
 @pytest.fixture(scope="module")
 def found():
     """What --json prints."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(policies, "load_player", lambda *_, **__: writer.player())
+        patch.setattr(policies, "load_player", lambda *_, **__: player())
         printed = io.StringIO()
         patch.setattr("sys.stdout", printed)
         assert steer.main([*COMMAND, "--json"]) == 0
@@ -170,7 +178,7 @@ def test_held_out_prompts_give_tables_that_a_plain_loop_over_the_completions_con
     tmp_path, monkeypatch, capsys
 ):
     run = runs.config(tmp_path, data__max_prompt_tokens=2048)
-    monkeypatch.setattr(policies, "load_player", lambda *_, **__: writer.player())
+    monkeypatch.setattr(policies, "load_player", lambda *_, **__: player())
     monkeypatch.setattr(steer_held_out, "_settings", lambda *_: run)
     out = tmp_path / "out"
     assert steer.main([
