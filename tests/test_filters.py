@@ -81,3 +81,14 @@ def test_the_gradient_flows_through_kept_tokens_only():
 def test_impossible_settings_are_named(options, key):
     with pytest.raises(ValueError, match=key):
         Filters(**options)
+
+
+def test_rows_with_settings_of_their_own_are_filtered_as_if_each_were_alone():
+    logits_BV = jnp.asarray(np.random.default_rng(2).normal(size=(5, 40)) * 3, jnp.float32)
+    settings = [(1.0, 1.0), (0.7, 0.8), (0.0, 0.5), (1.3, 0.3), (2.0, 1.0)]
+    temperature_B, top_p_B = (jnp.asarray(column) for column in zip(*settings, strict=True))
+    got_BV = filters.apply_rows(logits_BV, temperature_B, top_p_B)
+    for logits_V, got_V, (temperature, top_p) in zip(logits_BV, got_BV, settings, strict=True):
+        alone_V = filters.apply(logits_V, Filters(temperature=temperature, top_p=top_p))
+        np.testing.assert_allclose(got_V, alone_V, rtol=1e-6)
+    assert int((got_BV[1] > filters.NEG).sum()) < 40  # the nucleus was cut
