@@ -75,11 +75,11 @@ def draw(rng: random.Random, questions: list[str]) -> Ask:
 async def client(
     url: str, model: str, until: float, rng: random.Random, questions: list[str], tally: Tally
 ) -> None:
-    """One user: asks, waits for the answer, asks again."""
+    """One user: asks, waits for the answer, asks again; once at least."""
     async with openai.AsyncOpenAI(
         base_url=f"{url}/v1", api_key="-", max_retries=0, timeout=LOST_S
     ) as api:
-        while time.monotonic() < until:
+        while True:
             ask = draw(rng, questions)
             tally.counts["asked"] += 1
             try:
@@ -92,6 +92,8 @@ async def client(
                 tally.counts["hung_up" if ask.hangs_up else "answered"] += 1
                 tally.counts["steered" if ask.price else "plain"] += 1
                 tally.counts["streamed" if ask.stream else "whole"] += 1
+            if time.monotonic() > until:
+                return
 
 
 async def _answered(api: openai.AsyncOpenAI, model: str, ask: Ask, tally: Tally) -> None:

@@ -1,18 +1,23 @@
-"""An engine that plays from a script, and a client without a network.
+"""An engine that plays from a script, a client without a network, and a server with one.
 
 The engine has the interface of `serving.engine.Engine`, so that what happens rarely (a full queue,
 a deadline, a fault in the middle of a reply) happens when a test wants it.
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import functools
 import json
+import socket
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import tiny
 
+from gtalign_jax import serve
 from gtalign_jax.data import builtin
 from gtalign_jax.data.coldstart import cold_start_examples
 from gtalign_jax.data.tokenizer import chain_corpus, train_tokenizer
@@ -143,6 +148,26 @@ def make(*scripts: Script, config: ApiConfig | None = None, steered: bool = Fals
     engine.__init__(*scripts)
     app.state.traffic.__init__()
     return app, engine
+
+
+@contextlib.contextmanager
+def serving(service: Service, config: ApiConfig, grace_s: float = 10):
+    """The URL of a server in a thread of its own; ends it as SIGTERM would."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = serve.Server(create_app(service, config), service.engine, listener, grace_s)
+    thread = threading.Thread(target=lambda: asyncio.run(server.run()), daemon=True)
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive(), "the server ended before it began"
+            time.sleep(0.01)
+        yield server
+    finally:
+        with contextlib.suppress(RuntimeError):  # a test has ended it
+            server.loop.call_soon_threadsafe(server.end)
+        thread.join(30)
+        assert not thread.is_alive()
+        listener.close()
 
 
 @dataclasses.dataclass

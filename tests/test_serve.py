@@ -4,7 +4,6 @@ The model writes chains though nobody trained it (tests/writer.py); it is compil
 """
 
 import asyncio
-import contextlib
 import dataclasses
 import json
 import os
@@ -23,11 +22,12 @@ import openai
 import pytest
 import scripted
 import writer
+from scripted import serving
 
 from gtalign_jax import serve
 from gtalign_jax.game import pricing
 from gtalign_jax.game.steering import SteeringConfig
-from gtalign_jax.serving.api import ApiConfig, create_app
+from gtalign_jax.serving.api import ApiConfig
 from gtalign_jax.serving.chat import Service
 from gtalign_jax.serving.engine import Engine, EngineConfig, EngineError
 
@@ -36,26 +36,6 @@ ROOT = Path(__file__).resolve().parent.parent
 SIZES = EngineConfig(slots=2, queue=2, prompt_tokens=32, new_tokens=128, burst=4, deadline_s=300)
 QUESTION = [{"role": "user", "content": "Why?"}]
 DEAR = "per_token:output=3000"
-
-
-@contextlib.contextmanager
-def serving(service: Service, config: ApiConfig, grace_s: float = 10):
-    """The URL of a server in a thread of its own; ends it as SIGTERM would."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    server = serve.Server(create_app(service, config), service.engine, listener, grace_s)
-    thread = threading.Thread(target=lambda: asyncio.run(server.run()), daemon=True)
-    thread.start()
-    try:
-        while not server.started:
-            assert thread.is_alive(), "the server ended before it began"
-            time.sleep(0.01)
-        yield server
-    finally:
-        with contextlib.suppress(RuntimeError):  # a test has ended it
-            server.loop.call_soon_threadsafe(server.end)
-        thread.join(30)
-        assert not thread.is_alive()
-        listener.close()
 
 
 @pytest.fixture(scope="module")

@@ -42,6 +42,12 @@ PAGE = Path(__file__).resolve().parent / "page"
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript",
          ".svg": "image/svg+xml"}  # fmt: skip
 LEFT = 499  # what the log says of a client that left; nobody receives it
+EVENT = {
+    "type": "object", "required": ["data"],
+    "properties": {"data": {
+        "type": "string", "description": "A chat.completion.chunk, {\"error\": …} or [DONE].",
+    }},
+}  # fmt: skip
 REFUSALS = {
     400: "A field is missing, wrong, or asks for what this server does not do.",
     401: "The key is missing or wrong.",
@@ -166,7 +172,7 @@ def _models(service: Service) -> APIRouter:
 
 def _chat(service: Service) -> APIRouter:
     router = APIRouter(route_class=StrictRoute, tags=["chat"])
-    stream = {"text/event-stream": {"schema": {"type": "string"}}}
+    stream = {"text/event-stream": {"schema": EVENT}}
 
     @router.post(
         "/v1/chat/completions",
