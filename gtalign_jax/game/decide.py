@@ -131,11 +131,15 @@ RULES: dict[str, Rule] = {
 
 @functools.partial(jax.jit, static_argnames="rule")
 def _solve(payoff_UAP, allowed_UA, rule):
+    """Rows of one array, to be fetched at once: the cell, the Pareto set, the candidates, each of
+    the rule's values, and for each value within what it counts as equal."""
     candidates_UA, values, scales = RULES[rule].values(payoff_UAP, allowed_UA)
-    return (
-        choose(payoff_UAP, rule, allowed_UA), game.pareto_mask(payoff_UAP), candidates_UA,
-        jnp.stack(values), jnp.stack([game.tie(payoff_UAP.dtype, scale) for scale in scales]),
-    )
+    ties = [game.tie(payoff_UAP.dtype, scale) for scale in scales]
+    rows = (choose(payoff_UAP, rule, allowed_UA), game.pareto_mask(payoff_UAP), candidates_UA,
+            *values, *ties)
+    return jnp.stack([
+        jnp.broadcast_to(row.astype(payoff_UAP.dtype), (2, 3)).reshape(-1) for row in rows
+    ])
 
 
 @contextlib.contextmanager
@@ -173,21 +177,23 @@ def _decided(payoff: bytes, allowed: bytes, rule: str) -> Decision:
     payoff_UAP = np.frombuffer(payoff, np.float64).reshape(2, 3, 2)
     allowed_UA = np.frombuffer(allowed, bool).reshape(2, 3)
     with _host_float64():
-        solved = jax.device_get(_solve(payoff_UAP, allowed_UA, rule=rule))
-    cell, pareto_UA, candidates_UA, values, ties = solved
-    open_keys = _keys(allowed_UA)
+        solved = np.asarray(_solve(payoff_UAP, allowed_UA, rule=rule))
+    labels = RULES[rule].labels
+    cell, pareto_I, candidates_I = int(solved[0, 0]), solved[1] > 0, solved[2] > 0
+    values, ties = solved[3 : 3 + len(labels)], solved[3 + len(labels) :, 0]
+    open_keys = _keys(allowed_UA.reshape(-1))
     return Decision(
-        cell=int(cell), key=KEYS[cell], action=ACTIONS[cell % len(ACTIONS)], rule=rule,
-        pareto=_keys(pareto_UA), open=open_keys,
+        cell=cell, key=KEYS[cell], action=ACTIONS[cell % len(ACTIONS)], rule=rule,
+        pareto=_keys(pareto_I), open=open_keys,
         reasons=(
-            *_setting(RULES[rule], open_keys, _keys(pareto_UA), _keys(candidates_UA)),
-            *_comparison(RULES[rule].labels, int(cell), candidates_UA, values, ties),
+            *_setting(RULES[rule], open_keys, _keys(pareto_I), _keys(candidates_I)),
+            *_comparison(labels, cell, candidates_I, values, ties),
         ),
     )
 
 
-def _keys(mask_UA: np.ndarray) -> tuple[str, ...]:
-    return tuple(key for key, kept in zip(KEYS, mask_UA.reshape(-1), strict=True) if kept)
+def _keys(mask_I: np.ndarray) -> tuple[str, ...]:
+    return tuple(key for key, kept in zip(KEYS, mask_I, strict=True) if kept)
 
 
 def _setting(rule: Rule, open_keys, pareto, candidates) -> Iterator[str]:
@@ -199,14 +205,14 @@ def _setting(rule: Rule, open_keys, pareto, candidates) -> Iterator[str]:
         yield f"Among them {rule.candidates}: {', '.join(candidates)}."
 
 
-def _comparison(labels, cell: int, candidates_UA, values, ties) -> Iterator[str]:
+def _comparison(labels, cell: int, keep_I, values, ties) -> Iterator[str]:
     """The chosen cell against the best other one, value by value until they differ."""
-    key, keep_I = KEYS[cell], candidates_UA.reshape(-1)
+    key = KEYS[cell]
     if keep_I.sum() == 1:
         yield f"{key} is the only candidate."
         return
-    for label, value_UA, tie in zip(labels, values, ties, strict=True):
-        value_I = np.where(keep_I, value_UA.reshape(-1), -np.inf)
+    for label, value_I, tie in zip(labels, values, ties, strict=True):
+        value_I = np.where(keep_I, value_I, -np.inf)
         keep_I = value_I >= value_I.max() - tie
         if keep_I.sum() == 1:
             value_I[cell], value = -np.inf, value_I[cell]
