@@ -231,45 +231,6 @@ def test_prices_do_not_change_how_the_question_was_asked():
     assert free.after.key == "DQ_DA" and free.after.open == chain.KEYS
 
 
-def test_prices_cannot_buy_what_the_matrix_calls_harm():
-    # A refusal-like action (CQ) is long; answering (DA) is short and written as a loss of 1.
-    written_UAP = np.array([[[0, 0]] * 3, [[2, -3], [3, 3], [0, -2.5]]])
-    dear = with_rule(sensitivity=(100.0, 1000.0))
-    assert solve(written_UAP, dear).before.key == "DQ_CQ"
-    kept = solve(written_UAP, dear)
-    assert kept.after.key == "DQ_CQ" and kept.after.open == ("DQ_CQ",)
-    assert "Written LLM + user below the floor 0: DQ_DA (-1), DQ_AQ (-2.5)." in kept.after.reasons
-    # Money alone would have it: 6 - 20 against -1 - 10 (a cell at the floor is not below it).
-    assert solve(written_UAP, with_rule(config=dear, floor=-1.0)).after.key == "DQ_DA"
-    assert solve(written_UAP, with_rule(config=dear, floor=-0.9)).after.key == "DQ_CQ"
-
-
-def test_a_matrix_that_would_tempt_the_model_below_the_floor_is_left_as_written():
-    """As above, but the model reads the edited matrix itself: what it must not choose must not
-    look best. At a lower price it does not, and the matrix is edited."""
-    written_UAP = np.array([[[0, 0]] * 3, [[2, -3], [3, 3], [0, -2.5]]])
-    dear = dataclasses.replace(with_rule(sensitivity=(100.0, 1000.0)), mode="matrix")
-    kept = solve(written_UAP, dear)
-    assert kept.after.key == "DQ_CQ" and (kept.edited_UAP == written_UAP).all()
-    assert "the model would choose DQ_DA: prices do not act" in kept.after.reasons[-1]
-    assert steer(completion(chain.payoff_json(written_UAP)), dear).forced is None
-    free = solve(written_UAP, dataclasses.replace(dear, floor=-1.0))
-    assert free.after.key == "DQ_DA" and (free.edited_UAP != written_UAP).any()
-    cheap = solve(written_UAP, dataclasses.replace(dear, sensitivity=(10.0, 100.0)))
-    assert cheap.after.key == "DQ_CQ" and (cheap.edited_UAP != written_UAP).any()
-
-
-def test_with_nothing_above_the_floor_prices_do_not_act():
-    written_UAP = np.array([[[-3, -3]] * 3, [[-2, -1], [-1, -1], [-3, -1]]], float)
-    for rule in RULES:
-        config = with_rule(rule, sensitivity=(100.0, 1000.0))
-        found = solve(written_UAP, config)
-        assert found.after.key == "DQ_CQ" and (found.edited_UAP == written_UAP).all()
-        assert found.after.reasons[-1] == (
-            "No cell is left: prices do not act here, and DQ_CQ stands.")
-        assert steer(completion(chain.payoff_json(written_UAP)), config).forced is None
-
-
 @pytest.mark.parametrize("written, edited", [(3, 2), (3.5, 2.2), (3.25, 1.95)])
 def test_the_edited_matrix_has_the_decimals_of_the_model_s_own_numbers(written, edited):
     written_UAP = np.full((2, 3, 2), float(written))

@@ -50,7 +50,8 @@ class SteeringConfig:
         cell, as prices change what the model does and not how the user asked; "all" opens all six.
       floor: a cell whose written LLM + user is below it is never chosen, so that prices cannot buy
         harm; where no cell is left, prices do not act on the turn at all. In mode "matrix" the
-        model itself chooses: there they do not act where such a cell would be the best.
+        model itself chooses: there they do not act where such a cell of the edited matrix would be
+        the best by the default rule, be it of all cells or of the row.
       decimals: of what the prices add; None: as many as the model's own numbers have.
       analysis: the text of <analyze>; fields key, action, user_action, pareto, llm, user, rule.
     """
@@ -135,13 +136,12 @@ def solve(written_UAP: np.ndarray, config: SteeringConfig) -> Steered:
     if not allowed_UA.any():
         why = (*why, f"No cell is left: prices do not act here, and {before.key} stands.")
         return _untouched(written_UAP, before, why)
-    if config.mode == "matrix":
-        tempting = _closed_by_floor(exact_UAP, allowed_UA, before, config)
-        if tempting is not None:
-            why = (*why, f"Reading the edited matrix the model would choose {tempting}: prices do "
-                   f"not act here, and {before.key} stands.")
-            return _untouched(written_UAP, before, why)
     edited_UAP = _rounded(written_UAP, exact_UAP, allowed_UA, config)
+    tempting = _tempting(written_UAP, edited_UAP, before, config)
+    if config.mode == "matrix" and tempting is not None:
+        why = (*why, f"Reading the edited matrix the model would choose {tempting}: prices do "
+               f"not act here, and {before.key} stands.")
+        return _untouched(written_UAP, before, why)
     after = decide(edited_UAP, config.rule, allowed_UA)
     after = dataclasses.replace(after, reasons=(*why, *after.reasons))
     return Steered(written_UAP, edited_UAP, before, after, forced=None)
@@ -161,7 +161,7 @@ def _open_cells(
         row = before.key.partition("_")[0]
         why.append(f"The question was read as {row}; prices do not change that.")
     sum_UA = written_UAP.sum(-1)
-    low_UA = allowed_UA & (sum_UA < config.floor - 1e-9)
+    low_UA = allowed_UA & _below_floor(written_UAP, config)
     closed = ", ".join(
         f"{KEYS[i]} ({sum_UA.flat[i]:.10g})" for i in np.flatnonzero(low_UA.reshape(-1))
     )
@@ -177,12 +177,22 @@ def _rows(before: Decision, config: SteeringConfig) -> np.ndarray:
     return np.repeat(rows_U[:, None] | (config.rows == "all"), len(ACTIONS), axis=1)
 
 
-def _closed_by_floor(
-    exact_UAP: np.ndarray, allowed_UA: np.ndarray, before: Decision, config: SteeringConfig
+def _below_floor(written_UAP: np.ndarray, config: SteeringConfig) -> np.ndarray:
+    return written_UAP.sum(-1) < config.floor - 1e-9
+
+
+def _tempting(
+    written_UAP: np.ndarray, edited_UAP: np.ndarray, before: Decision, config: SteeringConfig
 ) -> str | None:
-    """The cell that the rule would choose if there were no floor, where the floor closes it."""
-    free = decide(exact_UAP, config.rule, _rows(before, config))
-    return None if allowed_UA.flat[free.cell] else free.key
+    """A cell below the floor that a model would choose which reads the edited matrix, if any.
+
+    It knows the default rule alone, reads the rounded numbers, and may look at all cells or at
+    those of the row that it took the question for.
+    """
+    below_UA = _below_floor(written_UAP, config)
+    views = (None, _rows(before, config))
+    read = (decide(edited_UAP, DEFAULT_RULE, cells_UA) for cells_UA in views)
+    return next((found.key for found in read if below_UA.flat[found.cell]), None)
 
 
 def _rounded(
