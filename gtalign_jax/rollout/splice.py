@@ -77,6 +77,9 @@ def _joined(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], head: str,
             forced: str) -> tuple[int, list[int]]:
     """(number of kept tokens, forced ones) for the text head + forced, where head is sampled."""
     low, high = 0, len(ids)
+    whole = tokenizer.convert_tokens_to_ids(OPENING)
+    if whole in ids and len(decode(tokenizer, ids[: ids.index(whole) + 1])) == len(head):
+        low = high = ids.index(whole) + 1  # the tag is a token of its own: nothing to look for
     while low < high:  # the most tokens whose text is no longer than the head
         middle = (low + high + 1) // 2
         low, high = (middle, high) if len(decode(tokenizer, ids[:middle])) <= len(head) else (

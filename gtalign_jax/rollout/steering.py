@@ -54,14 +54,16 @@ class SteeredSampler:
     prefill(params, tokens_QS, lengths_Q) -> (PromptCache, last token of each prompt `[Q]`)
     until(params, cache, last_Q, index_Q, key) -> State: every row has ended, or closed its matrix
     extend(params, cache, k, v, feed_QGF, start_QG, count_QG) -> (k, v) with forced tokens in them
-    finish(params, cache, state, index_Q, key) -> Rollout
+    finish(params, cache, state, index_Q, key) -> State: every row has ended
+
+    `extend` and `finish` take the caches over.
     """
 
     player: Player
     prefill: Callable[..., tuple[PromptCache, jax.Array]]
     until: Callable[..., State]
     extend: Callable[..., tuple[jax.Array, jax.Array]]
-    finish: Callable[..., Rollout]
+    finish: Callable[..., State]
 
     def __call__(self, tokens_QS, lengths_Q, index_Q, key,
                  configs: SteeringConfig | Sequence[SteeringConfig | None]) -> SteeredRollout:
@@ -93,8 +95,8 @@ class SteeredSampler:
             state.replace(t=state.token_QG, k_LQGTKH=None, v_LQGTKH=None),
         )
         state = placed.replace(k_LQGTKH=caches[0], v_LQGTKH=caches[1])
-        rollout = jax.device_get(self.finish(params, cache, state, index_Q, key))
-        return SteeredRollout(rollout, forced_QGT, outcomes)
+        ended = self.finish(params, cache, state, index_Q, key)
+        return SteeredRollout(jax.device_get(ended.rollout), forced_QGT, outcomes)
 
     def _plan(self, before: State, q: int, g: int, config: SteeringConfig | None) -> Splice:
         rollout = before.rollout
@@ -160,15 +162,14 @@ def make_steered(player: Player, sampler: SamplerConfig, samples: int) -> Steere
         _, k, v = forward.extend(params, cfg, cache, k, v, feed_QGF, start_QG, count_QG)
         return k, v
 
-    def finish(params, cache: PromptCache, state: State, index_Q, key) -> Rollout:
+    def finish(params, cache: PromptCache, state: State, index_Q, key) -> State:
         keys_QG = row_keys(key, index_Q, samples)
-        return sampler_lib.run(params, cfg, cache, state, keys_QG, sampler.filters,
-                               stop_ids).rollout
+        return sampler_lib.run(params, cfg, cache, state, keys_QG, sampler.filters, stop_ids)
 
     return SteeredSampler(
         player=player,
         prefill=make_sampler(cfg, sampler, samples, stop_ids, layout).prefill,
         until=jax.jit(until),
         extend=jax.jit(extend, donate_argnums=(2, 3)),
-        finish=jax.jit(finish),
+        finish=jax.jit(finish, donate_argnums=2),
     )
