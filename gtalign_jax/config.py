@@ -151,6 +151,11 @@ def check(config: Config, device_count: int, slices: int = 1) -> None:
         problems += _grpo_problems(config.grpo, shards) or _rollout_problems(config, shards)
     if "sft" in config.stages:
         problems += _too_small("sft", config.sft, ("steps", "logit_chunk"))
+        if config.sft.repriced and config.data.reasoning == "none":
+            problems.append(
+                f"sft.repriced={config.sft.repriced}, data.reasoning='none': without blocks there "
+                "is no matrix that prices could edit; allowed is sft.repriced=0"
+            )
         problems += _cut_problems(
             "sft", ("batch_size", config.sft.batch_size),
             ("micro_batch_size", config.sft.micro_batch_size), shards,

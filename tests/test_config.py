@@ -61,6 +61,8 @@ def test_stages_are_known_ordered_and_unique(stages, message):
     ({"sft__logit_chunk": 0}, r"sft.logit_chunk=0: must be >= 1"),
     ({"sft__repriced": 1.5}, r"sft.repriced=1.5: must be a share"),
     ({"sft__repriced": 0.5, "sft__examples": "x.jsonl"}, r"only built-in chains .* allowed .*: 0"),
+    ({"sft__repriced": 0.5, "data__reasoning": "none", "reward__reasoning": "none"},
+     r"sft.repriced=0.5, data.reasoning='none': .* allowed is sft.repriced=0"),
     ({"evaluate__batch_size": 12}, r"evaluate.batch_size=12 must be a multiple of 8, .* 8 or 16"),
     ({"grpo__normalizer": "z-score"}, r"grpo.normalizer='z-score': expected one of .*'zscore'"),
 ])
