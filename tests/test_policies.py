@@ -122,6 +122,7 @@ def test_a_model_that_is_not_of_ours_is_asked_with_the_whole_instruction(exporte
 @pytest.mark.parametrize("about,message", [
     ({"instruction": "loud", "usage": None}, "instruction='loud'; allowed: ours"),
     ({"usage": None}, "instruction=None; allowed: ours"),
+    ({"instruction": ["brief"], "usage": None}, "instruction=['brief']; allowed: ours"),
     ({"instruction": "brief", "usage": {"input": [1, 2, 3]}}, "usage has no \"output\""),
     ({"instruction": "brief", "usage": {"input": [1, 2, 3], "output": [1, 2, -1],
                                         "requests": [1, 2, 1]}}, "usage.output.AQ is -1"),

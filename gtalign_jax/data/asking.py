@@ -59,5 +59,5 @@ def ask(messages: Sequence[Mapping[str, Any]], instruction: str) -> Messages:
 
 def check_instruction(instruction: str, key: str = "instruction") -> None:
     """Raises ValueError for one that is not in `INSTRUCTIONS`."""
-    if instruction not in ASKED:
+    if instruction not in INSTRUCTIONS:  # a file may hold any JSON value: nothing is hashed
         raise ValueError(f"{key}={instruction!r}; allowed: {', '.join(INSTRUCTIONS)}")
