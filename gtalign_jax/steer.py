@@ -97,7 +97,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help=f"of {', '.join(pricing.POLICIES)}; several columns: several times")
     add("--question", action="append", default=[], help="what the user asks; may be repeated")
     add("--held_out", type=int, default=0, metavar="N", help="on N held-out prompts instead")
-    add("--sweep", default="", metavar="POLICY:key=a,b,…", help="one more pricing for each number")
+    add("--sweep", default="", metavar="POLICY:key=a,b,…",
+        help="one more pricing for each number, from cheap to dear")
     add("--out", type=Path, help="directory for CSV, JSON and figure of --held_out")
     add("--rule", default=DEFAULT_RULE, help=f"of {', '.join(RULES)} (%(default)s)")
     add("--mode", default="action",

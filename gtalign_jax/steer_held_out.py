@@ -85,6 +85,10 @@ def _settings(what: str, player: Player, count: int) -> Config:
     policy = policies.find(what, Config(), "--model")
     if policy.run:
         run = load_run_config(local(policy.run))
+        taught = asking.instruction_of(run.data)
+        if player.instruction != taught:
+            raise ValueError(f"--instruction={player.instruction}: held-out prompts of a run come "
+                             f"as they were asked in it; allowed with --held_out is {taught!r}")
     elif player.instruction == asking.BRIEF:
         run = Config()
     else:

@@ -113,7 +113,8 @@ def _side_by_side(answers: Sequence[Found]) -> Table:
         for key in KEYS:
             cells = [_cell(written["written"], written["before"], key)]
             cells += [
-                _cell(one["edited"], one["decision"], key, one["written"]) for one in answers
+                _cell(one["edited"], one["decision"], key, one["written"]) if "edited" in one
+                else Text("–") for one in answers  # a price beyond what a matrix can hold
             ]
             table.add_row(key, *cells)
         table.add_section()

@@ -106,6 +106,18 @@ def test_an_answer_without_a_matrix_or_a_response_says_so():
     assert "cut off at the limit" in text and "VQ_DA" not in text
 
 
+def test_a_price_that_no_matrix_can_hold_leaves_its_column_empty():
+    found = document("none", "given(user_request=-1e+06)")
+    dear = found["questions"][0]["answers"][1]
+    for key in ("written", "edited", "before", "decision"):
+        del dear[key]
+    dear.update(steered=False, reason="a repriced payoff is beyond 1e6")
+    text = shown(found, 160)
+    row = next(line for line in text.splitlines() if line[1:6] == "VQ_AQ")
+    assert row.count("4 /") == 2 and row.rstrip().endswith("–")
+    assert "nothing: a repriced payoff is beyond 1e6" in text
+
+
 def test_the_matrix_shows_what_changed_what_is_pareto_and_what_was_chosen():
     matrix = {key: {"LLM": 2, "user": 1} for key in KEYS}
     edited = matrix | {"VQ_CQ": {"LLM": 2, "user": -0.5}}
@@ -214,3 +226,14 @@ def test_a_model_without_known_held_out_prompts_is_named(monkeypatch):
     assert steer_held_out._settings("org/name", builtin, 600).data.test_size == 600
     with pytest.raises(ValueError, match="no held-out prompts are known for --model=org/name"):
         steer_held_out._settings("org/name", writer.player(), 3)
+
+
+def test_held_out_prompts_of_a_run_are_asked_as_it_was_taught(monkeypatch):
+    policy = policies.Policy("run", runs.config("x"), "x", run="x")
+    monkeypatch.setattr(policies, "find", lambda *_: policy)
+    monkeypatch.setattr(steer_held_out, "load_run_config", lambda _: runs.config("x"))
+    taught = dataclasses.replace(writer.player(), instruction="brief")
+    assert steer_held_out._settings("x", taught, 3).data.source == "builtin"
+    other = dataclasses.replace(taught, instruction="ours")
+    with pytest.raises(ValueError, match="--instruction=ours: held-out .* allowed .* is 'brief'"):
+        steer_held_out._settings("x", other, 3)
