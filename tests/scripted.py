@@ -247,3 +247,15 @@ def post(app: Callable, body: bytes | Sequence[bytes], path: str = "/v1/chat/com
 
 def get(app: Callable, path: str, **more) -> Got:
     return asyncio.run(call(app, "GET", path, **more))
+
+
+def error(got, status: int, param=None, code=None) -> str:
+    """Checks a refusal; returns its message."""
+    assert got.status == status, got.body
+    assert got.headers["content-type"] == "application/json"
+    assert set(got.json) == {"error"}
+    assert set(got.json["error"]) == {"message", "type", "param", "code"}
+    assert got.json["error"]["param"] == param
+    if code is not None:
+        assert got.json["error"]["code"] == code
+    return got.json["error"]["message"]
