@@ -149,6 +149,18 @@ def test_a_dropped_row_leaves_its_slot_to_the_next():
     assert list(serve([ASKS[2]])[0][0].ids) == expected(ASKS[2])[0]
 
 
+def test_who_leaves_when_he_may_go_on_does_not_let_the_next_one_go_on_unsteered():
+    steered = next(ask for ask in ASKS if ask.steering == DEAR and expected(ask)[1])
+    batch = writer.batch()
+    row = batch.reserve(dataclasses.replace(steered, steering=FREE))
+    batch.prefill(row)
+    while not batch._rows[row].settled:  # it has paused, and would go on in the next run
+        batch.run()
+    batch.drop(row)
+    (answer, _), = serve([steered], batch)
+    assert answer.outcome.steered and list(answer.ids) == expected(steered)[0]
+
+
 @pytest.mark.parametrize("ask, said", [
     (Ask((), 5), "0 tokens: allowed are 1 to"),
     (Ask((1,) * 99, 5), "99 tokens: allowed are 1 to 24"),

@@ -166,7 +166,7 @@ class Batch:
     def drop(self, row: int) -> None:
         """Frees a slot whose request is not wanted any more."""
         del self._rows[row]
-        self._drop_B[row] = True
+        self._drop_B[row], self._go_B[row] = True, False
 
     def run(self) -> list[Progress]:
         """A few decode steps of all rows, and what came of them, row by row."""
