@@ -1,5 +1,7 @@
 """Growing completions leave in pieces: all of the text, and never half a character."""
 
+import json
+
 import numpy as np
 import pytest
 import writer
@@ -56,6 +58,24 @@ def test_the_spaces_of_a_sentencepiece_tokenizer_are_kept(sentencepiece):
     assert "".join(pieces(sentencepiece, ids, [1] * len(ids))) == text
 
 
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_long_runs_of_bytes_are_read_from_the_beginning_of_a_character(sentencepiece, size):
+    """This tokenizer reads neighbouring bytes together: all of them are characters, or none."""
+    text = "the " + "木" * 12 + "😀 answers"
+    ids = sentencepiece(text, add_special_tokens=False).input_ids
+    assert len(ids) > 40 and decode(sentencepiece, ids) == text
+    got = pieces(sentencepiece, ids, [size] * (len(ids) // size))
+    assert "".join(got) == text and max(map(len, got)) < 12
+
+
+def test_a_byte_that_belongs_to_no_character_loses_none_of_the_text_around_it(sentencepiece):
+    one, other = (sentencepiece(text, add_special_tokens=False).input_ids
+                  for text in ("the model 木木", "木 answers twice"))
+    stray = sentencepiece.convert_tokens_to_ids("<0xE6>")
+    got = "".join(pieces(sentencepiece, [*one, stray, *other], [1] * (len(one) + 3)))
+    assert got.startswith("the model 木木") and got.endswith("answers twice")
+
+
 @pytest.fixture(scope="module")
 def sentencepiece():
     """Llama's way: a word's space is the beginning of its token, and a text's first one is cut."""
@@ -69,7 +89,11 @@ def sentencepiece():
         decoders.Strip(" ", 1, 0),
     ])
     texts = ["the model answers and asks twice , the user reads"] * 3
-    trainer = trainers.BpeTrainer(vocab_size=120, special_tokens=["<unk>"], show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=376, show_progress=False, special_tokens=[
+        "<unk>", *(f"<0x{byte:02X}>" for byte in range(256))])
     tokenizer.train_from_iterator(texts, trainer)
+    made = json.loads(tokenizer.to_str())  # bytes are text, though a trainer knows no way to say so
+    made["added_tokens"] = [token for token in made["added_tokens"] if token["content"] == "<unk>"]
+    tokenizer = Tokenizer.from_str(json.dumps(made))
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>",
                                    clean_up_tokenization_spaces=False)

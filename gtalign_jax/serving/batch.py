@@ -43,7 +43,8 @@ class Answer:
     """A whole completion.
 
     Attributes:
-      text: what all pieces add up to. ids: its tokens, the stop token included.
+      text: what all pieces add up to (but see `TextStream`).
+      ids: its tokens, the stop token included.
       forced: ranges [a, b) of `ids` that were not sampled.
       finish_reason: "stop" (by a stop token) or "length".
       outcome: what steering did; None where it was not asked for.

@@ -131,17 +131,16 @@ class Turn:
 
     async def _chunks(self) -> AsyncGenerator[dict[str, Any]]:
         contents = [Content(self.request.stops) for _ in self.tickets]
-        fed, answers = [0] * len(self.tickets), {}
+        answers = {}
         for index in range(len(self.tickets)):
             yield self._chunk(index, {"role": "assistant", "content": ""})
         async for index, news in _merged(self.tickets):
             content = contents[index]
             if isinstance(news, Delta):
                 text = content.feed(news.text)
-                fed[index] += len(news.text)
             else:
                 answers[index] = news
-                text = content.feed(news.text[fed[index] :]) + content.finish()
+                text = content.finish()
             if text:
                 yield self._chunk(index, {"content": text})
             if isinstance(news, Answer):
