@@ -339,6 +339,21 @@ def test_what_the_server_refuses_is_said_in_words(open_tab):
         0, 0, ""]
 
 
+def test_a_refused_price_leaves_no_decision_of_an_older_one(open_tab):
+    tab, _ = open_tab(refused="status of 4")
+    tab.ask()
+    tab.see("#strip-words", "from")
+    tab.page.locator(f"{PRICE}-exact").fill("5000000")
+    tab.see("#game-error", "per_token.output is 5000000; allowed are numbers from 0 to 1e+06")
+    tab.see("#verdict-title", "No move at these prices")
+    tab.page.wait_for_timeout(800)  # longer than a rest
+    assert tab.page.locator("#game-error").is_visible()
+    assert "No move" in tab.page.locator("#verdict").inner_text() and len(tab.asked) == 1
+    tab.page.locator(f"{PRICE}-exact").fill("2500")
+    tab.see("#move", "answers directly")
+    assert not tab.page.locator("#game-error").is_visible()
+
+
 def test_text_of_the_model_is_only_text_and_without_a_matrix_it_is_only_shown(open_tab):
     hostile = CHAIN.replace(RESPONSE, HOSTILE).replace("It is vague.", HOSTILE)
     tab, _ = open_tab(Script("Hello."), Script(hostile))
@@ -380,3 +395,5 @@ def test_a_slider_and_its_number_say_the_same(open_tab):
     assert tab.page.locator(PRICE).get_attribute("aria-valuetext") == "2,500 dollars"
     tab.page.locator(f"{PRICE}-exact").fill("")
     assert tab.page.locator(f"{PRICE}-exact").get_attribute("aria-invalid") == "true"
+    tab.page.locator(PRICE).press("ArrowRight")
+    assert tab.page.locator(f"{PRICE}-exact").get_attribute("aria-invalid") == "false"

@@ -41,7 +41,7 @@ for (const question of EXAMPLES) {
 }
 byId("ask").addEventListener("submit", (event) => { event.preventDefault(); startTurn(); });
 byId("stop").addEventListener("click", () => asking?.abort());
-byId("again").addEventListener("click", () => { if (turn?.decided) follow(); });
+byId("again").addEventListener("click", () => { if (turn?.decided) follow(); else changed(); });
 byId("key").addEventListener("change", () => { setKey(byId("key").value); guarded("ask-error", load); });
 byId("question").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
@@ -172,10 +172,23 @@ function changed() {
 
 async function decideNow() {
   const mine = turn;
-  const decided = await decide({ payoff: mine.written, ...prices.say() });
-  if (mine !== turn) return;
-  turn.decided = decided;
-  showDecision(decided);
+  let decided = null;
+  try {
+    decided = await decide({ payoff: mine.written, ...prices.say() });
+  } finally { // also where it was refused: what was decided for older prices says nothing of these
+    if (mine === turn) {
+      turn.decided = decided;
+      document.body.classList.toggle("undecided", decided === null);
+      if (decided === null) showNoDecision();
+      else showDecision(decided);
+    }
+  }
+}
+
+function showNoDecision() {
+  byId("verdict-title").textContent = "No move at these prices";
+  byId("verdict-before").textContent = "";
+  byId("verdict").classList.remove("moved");
 }
 
 function showDecision({ decision, before, written, edited, money }) {
@@ -224,9 +237,14 @@ async function survey() {
     const body = { payoff: turn.written, ...prices.sayAt(step) };
     return (await between(() => decide(body))).decision.action;
   };
-  const segments = await findSegments(LAST, look);
+  const lapse = () => { if (mine === surveyed) surveyed = ""; }; // the next rest tries again
+  const segments = await findSegments(LAST, look).catch((error) => {
+    lapse();
+    byId("strip").hidden = true; // what it shows is for older settings
+    throw error;
+  });
   if (settings() !== mine) {
-    if (mine === surveyed) surveyed = "";
+    lapse();
     return;
   }
   const priceAt = (step) => price.write(fromStep(step, price.scale));

@@ -49,6 +49,7 @@ function makePrice(id, { label, money, unit, scale, cost = false, first = false 
   range.addEventListener("input", () => {
     price.value = fromStep(Number(range.value), scale);
     field.value = price.value;
+    field.setAttribute("aria-invalid", "false");
     say();
     changed(price);
   });
