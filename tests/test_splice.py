@@ -2,7 +2,7 @@
 
 import pytest
 
-from gtalign_jax.data.chat import decode, encode_completion
+from gtalign_jax.data.chat import decode, encode_completion, token_pieces
 from gtalign_jax.data.tokenizer import train_tokenizer
 from gtalign_jax.game import pricing
 from gtalign_jax.game.chain import KEYS, payoff_json
@@ -10,6 +10,7 @@ from gtalign_jax.game.pricing import Usage
 from gtalign_jax.game.steering import SteeringConfig, steer
 from gtalign_jax.rollout import splice
 from gtalign_jax.rollout.splice import plan
+from gtalign_jax.rollout.stopping import stop_table
 
 USAGE = Usage((100.0, 230.0, 100.0), (60.0, 130.0, 90.0))
 PAYOFF = {key: {"LLM": 1, "user": 1} for key in KEYS} | {
@@ -64,6 +65,18 @@ def test_text_before_the_matrix_may_end_within_a_character():
     found = plan(tokenizer, ids, DEAR, 1000)
     text = decode(tokenizer, [*ids[: found.keep], *found.forced])
     assert text.startswith("<thinking>木😀</thinking><payoff>{") and "�" not in text
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_row_waits_for_the_end_of_its_matrix_not_for_a_mention_of_the_tag(name):
+    tokenizer = TOKENIZERS[name]
+    head = "<thinking>First the matrix, then </payoff>, and the answer.</thinking>"
+    table_VN = stop_table(token_pieces(tokenizer, len(tokenizer)), *splice.MATRIX)
+    ids, state = encode_completion(tokenizer, f"{head}<payoff>{matrix()}</payoff><analyze>"), 0
+    states = [state := table_VN[i, state] for i in ids]
+    waits = states.index(table_VN.shape[1] - 1) + 1
+    found = plan(tokenizer, ids[:waits], DEAR, 1000)
+    assert found.outcome.steered and decode(tokenizer, ids[: found.keep]).startswith(head)
 
 
 @pytest.mark.parametrize("text, reason", [

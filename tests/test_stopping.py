@@ -2,12 +2,14 @@
 
 import itertools
 import random
+import re
 
 import numpy as np
 import pytest
 import writer
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import AddedToken
 
 from gtalign_jax.data.chat import decode, encode_completion, token_pieces
 from gtalign_jax.data.tokenizer import train_tokenizer
@@ -35,6 +37,17 @@ def test_every_cut_of_every_text_is_seen_at_the_token_that_completes_it(text):
         texts = list(itertools.accumulate(pieces[i] for i in ids))
         expected = next((n for n, whole in enumerate(texts, 1) if text in whole), None)
         assert first_seen(table_VN, ids) == expected, [pieces[i] for i in ids]
+
+
+@pytest.mark.parametrize("texts", [("<p>", "</p>"), ("ab", "ba"), ("aab", "ab", "a")])
+def test_texts_are_seen_one_after_the_other(texts):
+    pieces = ["a", "b", "ab", "<p>", "</p", ">", "<", "p></p>x", "x</p><", "/"]
+    table_VN = stop_table(pieces, *texts)
+    in_order = re.compile(".*?".join(map(re.escape, texts)))
+    for ids in itertools.product(range(len(pieces)), repeat=4):
+        wholes = list(itertools.accumulate(pieces[i] for i in ids))
+        expected = next((n for n, whole in enumerate(wholes, 1) if in_order.search(whole)), None)
+        assert first_seen(table_VN, ids) == expected, wholes[-1]
 
 
 @pytest.mark.parametrize("text", ["", "é", "x" * 127])
@@ -78,6 +91,14 @@ def test_special_tokens_and_ids_beyond_the_vocabulary_write_nothing():
     ids = [*encode_completion(tokenizer, "</pay"), pad, *encode_completion(tokenizer, "off>")]
     assert decode(tokenizer, ids) == "</payoff>"
     assert first_seen(stop_table(pieces, "</payoff>"), ids) == len(ids)
+
+
+def test_a_special_token_without_a_role_writes_nothing_either():
+    tokenizer = train_tokenizer(["so it is"], 270, chain_pieces=False)
+    tokenizer.backend_tokenizer.add_special_tokens([AddedToken("<|reserved|>", special=True)])
+    reserved = tokenizer.convert_tokens_to_ids("<|reserved|>")
+    assert reserved not in tokenizer.all_special_ids and decode(tokenizer, [reserved]) == ""
+    assert token_pieces(tokenizer, reserved + 1)[reserved] == ""
 
 
 def test_a_vocabulary_of_a_real_size_takes_little_time():

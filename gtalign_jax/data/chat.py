@@ -132,7 +132,8 @@ def token_pieces(tokenizer: PreTrainedTokenizerBase, size: int) -> list[str]:
     Tokens that `decode` drops, and ids without a token, write "". All else (spaces, bytes that are
     part of a character) stands for itself as the tokenizer spells it, which is never ASCII.
     """
-    special = set(tokenizer.all_special_ids)
+    special = set(tokenizer.all_special_ids)  # and those that no role of the tokenizer's names:
+    special |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     known = min(size, len(tokenizer))
     names = tokenizer.convert_ids_to_tokens(range(known))
     pieces = ["" if i in special or name is None else _BYTE.sub(_byte, name)

@@ -171,7 +171,7 @@ def run(params: Params, cfg: ModelConfig, prompt: PromptCache, state: State, key
     """Draws until every row is done: it drew a stop token, is at the limit T, or waits.
 
     With `table_VN` (of `stopping.stop_table`) a row waits as soon as it has written the table's
-    text. Rows in step, as all are at first, share one position; otherwise each has its own.
+    texts. Rows in step, as all are at first, share one position; otherwise each has its own.
     """
     T, in_step = state.rollout.tokens_QGT.shape[2], state.t.ndim == 0
 

@@ -17,6 +17,7 @@ from gtalign_jax.game.steering import Steered, SteeringConfig, steer
 
 OPENING = "<payoff>"
 CLOSING = "</payoff>"
+MATRIX = (OPENING, CLOSING)  # a row waits when it has written one after the other
 UNCHANGED = "the prices change neither the matrix nor the choice"
 
 

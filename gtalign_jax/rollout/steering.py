@@ -25,10 +25,10 @@ from gtalign_jax.model.forward import PromptCache
 from gtalign_jax.rollout import sampler as sampler_lib
 from gtalign_jax.rollout.player import Player
 from gtalign_jax.rollout.sampler import Rollout, SamplerConfig, State, make_sampler, row_keys
-from gtalign_jax.rollout.splice import CLOSING, Outcome, Splice, plan
+from gtalign_jax.rollout.splice import MATRIX, Outcome, Splice, plan
 from gtalign_jax.rollout.stopping import stop_table
 
-NO_MATRIX = f"no {CLOSING}: the completion ended before its matrix did"
+NO_MATRIX = f"no {'…'.join(MATRIX)}: the completion ended before its matrix did"
 NOT_ASKED = "not asked for"
 WIDTH = 16  # forced tokens are padded to a multiple of this: few programs are compiled
 
@@ -101,7 +101,7 @@ class SteeredSampler:
     def _plan(self, before: State, q: int, g: int, config: SteeringConfig | None) -> Splice:
         rollout = before.rollout
         ids = rollout.tokens_QGT[q, g, : rollout.lengths_QG[q, g]].tolist()
-        if before.seen_QG[q, g] == len(CLOSING) and config is not None:
+        if before.seen_QG[q, g] == sum(map(len, MATRIX)) and config is not None:
             return plan(self.player.tokenizer, ids, config, rollout.tokens_QGT.shape[2])
         reason = NOT_ASKED if config is None else NO_MATRIX
         return Splice(len(ids), (), Outcome(False, reason, None))
@@ -150,7 +150,7 @@ def make_steered(player: Player, sampler: SamplerConfig, samples: int) -> Steere
     """The steered sampler of `samples` (G) completions per prompt, for one player."""
     cfg, stop_ids, layout = player.model, player.stop_ids, player.layout
     pieces = token_pieces(player.tokenizer, cfg.padded_vocab_size)
-    table_VN = stop_table(pieces, CLOSING)
+    table_VN = stop_table(pieces, *MATRIX)
 
     def until(params, cache: PromptCache, last_Q, index_Q, key) -> State:
         state = sampler_lib.start(cfg, cache, last_Q, samples, sampler.max_new_tokens, layout)

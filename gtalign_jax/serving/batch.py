@@ -18,7 +18,7 @@ from gtalign_jax.game.steering import SteeringConfig
 from gtalign_jax.rollout.filters import Filters
 from gtalign_jax.rollout.player import Player
 from gtalign_jax.rollout.slots import News, SlotsConfig, make_slots, settings
-from gtalign_jax.rollout.splice import CLOSING, Outcome, plan
+from gtalign_jax.rollout.splice import MATRIX, Outcome, plan
 from gtalign_jax.rollout.steering import NO_MATRIX
 from gtalign_jax.rollout.stopping import stop_table
 from gtalign_jax.serving.text import TextStream
@@ -100,7 +100,7 @@ class Batch:
         self._programs = make_slots(player.model, config, player.stop_ids, player.layout)
         pieces = token_pieces(player.tokenizer, player.model.padded_vocab_size)
         self._table_VA = jax.device_put(
-            stop_table(pieces, CLOSING), player.layout and player.layout.sharding()
+            stop_table(pieces, *MATRIX), player.layout and player.layout.sharding()
         )
         self._slots = None
         self._rows: dict[int, _Row] = {}
