@@ -222,6 +222,7 @@ def test_sensitivity_use_rule_and_mode_count_too(open_tab):
         summary.click()
     page.locator("#sensitivity-1").press("End")  # now 30 dollars a million are a great deal
     tab.see("#after", STEERED)
+    tab.see("#after .price", "a dollar counts 100 to the model, 100,000 to you")
     assert tab.asked[-1]["sensitivity"] == [100, 100_000] and tab.asked[-1]["usage"] == {
         "input": [100, 230, 100], "output": [60, 130, 90], "requests": [1, 2, 1]}
     page.locator("#mode").select_option("matrix")

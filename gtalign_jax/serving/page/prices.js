@@ -106,6 +106,7 @@ export function makePrices({ policies, ...game }, changed) {
   showPolicy();
   const sensitivity = makeSensitivity(game.sensitivity, touched);
   const usage = makeUsage(game.usage, changed);
+  const usual = game.sensitivity;
   const say = () => ({
     pricing: { policy: byId("policy").value, ...valuesOf(current()) },
     rule: byId("rule").value, rows: byId("rows").value,
@@ -114,9 +115,14 @@ export function makePrices({ policies, ...game }, changed) {
   return {
     say, mode: () => byId("mode").value, seed: () => Number(byId("seed").value),
     active: () => active,
-    // In a few words: the prices, and whatever else is not as usual.
-    describe({ pricing, rule = game.rule, mode = game.mode }) {
+    // In a few words: the prices, and whatever else is not as usual (but for the expected use).
+    describe({ pricing, rule = game.rule, mode = game.mode, rows, sensitivity = usual }) {
       const unusual = [];
+      if (String(sensitivity) !== String(usual)) {
+        const [toModel, toYou] = sensitivity.map(number);
+        unusual.push(`a dollar counts ${toModel} to the model, ${toYou} to you`);
+      }
+      if (rows && rows !== Object.keys(game.rows)[0]) unusual.push(ROWS[rows]?.[0] ?? spaced(rows));
       if (rule !== game.rule) unusual.push(RULES[rule]?.[0] ?? spaced(rule));
       if (mode !== game.mode) unusual.push(MODES[mode]?.[0] ?? spaced(mode));
       return [describe(pricing), ...unusual].join(" · ");
