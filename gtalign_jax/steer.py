@@ -130,6 +130,9 @@ def _configs(args: argparse.Namespace) -> list[SteeringConfig]:
             raise ValueError(f"--{key}={getattr(args, key)}: must be >= {lowest}")
     if not args.held_out and (args.sweep or args.out or args.samples > 1):
         raise ValueError("--sweep, --out and --samples need --held_out=N")
+    if args.samples > 1 and args.temperature == 0:
+        raise ValueError(f"--samples={args.samples} at --temperature=0: the completions of a "
+                         "prompt would all be the same; allowed: a temperature above 0, or --samples=1")
     args.swept = [_read("--sweep", text) for text in _sweep(args.sweep)]
     prices = [*(_read("--pricing", text) for text in args.pricing), *args.swept]
     names = [price.name for price in prices]

@@ -161,6 +161,7 @@ def test_a_sweep_is_one_pricing_for_each_number():
     (["--held_out=3", "--sweep=per_token:output=1,x"], "--sweep=per_token:output=x: "),
     (["--held_out=-1"], "--held_out=-1: must be >= 0"),
     (["--held_out=2", "--pricing=none", "--samples=0"], "--samples=0: must be >= 1"),
+    (["--held_out=2", "--pricing=none", "--samples=2"], "--samples=2 at --temperature=0: "),
     (["--question=a", "--pricing=none", "--sensitivity=1"], "--sensitivity=1: allowed: two"),
     (["--question=a", "--pricing=none", "--sensitivity=1,-2"], "sensitivity of user is -2"),
     (["--question=a", "--pricing=none", "--rule=best"], "rule is 'best'; allowed are"),
