@@ -142,7 +142,7 @@ def measure_usage(directory: str | Path, tokenizer: PreTrainedTokenizerBase) -> 
     label, rows = list(groups.items())[-1]
     try:
         return pricing.measured(rows, lambda row: len(encode_chat(tokenizer, row["prompt"])))
-    except ValueError as error:
+    except (ValueError, KeyError) as error:  # KeyError: rows of before these fields were written
         log.warning("%s, %r: what actions cost is not known: %s", file, label, error)
         return None
 

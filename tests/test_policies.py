@@ -12,7 +12,7 @@ import tiny
 from test_export import make_run
 
 from gtalign_jax import export, policies
-from gtalign_jax.data.chat import decode, encode_chat
+from gtalign_jax.data.chat import decode, encode_chat, load_tokenizer
 from gtalign_jax.rollout.sampler import SamplerConfig, make_sampler
 
 MESSAGES = ({"role": "user", "content": "What is the tide?"},)
@@ -68,6 +68,15 @@ def test_usage_is_that_of_the_last_evaluation(trained):
     assert player.usage.output[1] == 130 + 115  # a question, then an answer
     assert player.usage.input[0] == len(encode_chat(player.tokenizer, MESSAGES))
     assert player.usage.requests[:2] == (1, 2)
+
+
+def test_rows_that_lack_what_is_measured_leave_the_usage_unknown(trained, tmp_path, caplog):
+    rows = [json.loads(x) for x in (trained / "evaluations.jsonl").read_text().splitlines()]
+    old = [{k: v for k, v in row.items() if k != "response_tokens"} for row in rows]
+    for kept in (old, [row for row in rows if row["response_kind"] == "answer"]):
+        (tmp_path / "evaluations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+        assert export.measure_usage(tmp_path, load_tokenizer(trained / "tokenizer")) is None
+    assert "'response_tokens'" in caplog.text and "no row of response_kind 'ask'" in caplog.text
 
 
 def test_a_checkpoint_can_be_named_and_asked_in_another_way(trained):
