@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import threading
+import types
 
 import pytest
 import writer
@@ -175,16 +176,32 @@ def test_a_full_queue_refuses_and_says_when_to_come_back(fake):
     play(scenario())
 
 
-def test_the_time_to_come_back_is_that_in_which_half_of_the_queue_is_served(fake, monkeypatch):
+def test_the_time_to_come_back_is_that_in_which_half_of_the_queue_is_served(fake):
+    """However long nobody asked before."""
     engine, _ = fake(queue=40)
-    engine._finishes.extend([900.0, 950.0, 960.0, 980.0])  # four in the last 100 s: 25 s each
-    with monkeypatch.context() as patch:
-        patch.setattr(engine_module.time, "monotonic", lambda: 1000.0)
-        engine._waiting.extend([object()] * 4)
-        assert engine._retry_after() == 50.0
-        engine._waiting.extend([object()] * 30)
-        assert engine._retry_after() == CONFIG.deadline_s
-        engine._waiting.clear()
+    engine._took.extend([40.0, 60.0, 50.0, 50.0])  # two slots: one is free every 25 s
+    engine._waiting.extend([object()] * 4)
+    assert engine._retry_after() == 50.0
+    engine._waiting.extend([object()] * 30)
+    assert engine._retry_after() == CONFIG.deadline_s
+    engine._waiting.clear()
+
+
+def test_how_long_requests_took_counts_from_the_slot_on(fake, monkeypatch):
+    engine, batch = fake(slots=1)
+    clock = [1000.0]
+    monkeypatch.setattr(engine_module, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))
+
+    async def scenario():
+        batch.gate.clear()
+        tickets = [engine.submit(ask(0, 1)), engine.submit(ask(1, 1))]
+        await held(batch)
+        clock[0] += 7  # the second one waits
+        batch.gate.set()
+        await asyncio.gather(*map(result, tickets))
+
+    play(scenario())
+    assert list(engine._took) == [7.0, 0.0]
 
 
 def test_who_gives_up_frees_the_slot_and_a_place_in_the_queue(fake):

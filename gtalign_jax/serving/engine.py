@@ -21,7 +21,7 @@ from gtalign_jax.serving.batch import Answer, Ask, Batch, Progress
 
 log = logging.getLogger(__name__)
 
-RECENT = 32  # finished requests from which the throughput is estimated
+RECENT = 32  # finished requests from which it is estimated how long one takes
 LATE_S = 5.0  # by which callers outwait the device thread before they give up on it
 
 
@@ -81,6 +81,7 @@ class Ticket:
 
     def __init__(self, engine: "Engine", ask: Ask, deadline: float) -> None:
         self.ask, self.deadline, self.cancelled = ask, deadline, False
+        self.admitted = 0.0  # when it got its slot
         self._engine, self._loop = engine, asyncio.get_running_loop()
         self._events: asyncio.Queue[Delta | Answer | Exception] = asyncio.Queue()
         self._ended = False
@@ -131,7 +132,7 @@ class Engine:
         self._waiting: collections.deque[Ticket] = collections.deque()
         self._running: dict[int, Ticket] = {}  # by slot
         self._counts = collections.Counter()
-        self._finishes: collections.deque[float] = collections.deque(maxlen=RECENT)
+        self._took: collections.deque[float] = collections.deque(maxlen=RECENT)  # seconds
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
 
     # The callers' side.
@@ -205,10 +206,10 @@ class Engine:
             }
 
     def _retry_after(self) -> float:
-        """Seconds in which half of the queue will have been served, at the recent rate."""
-        if not self._finishes:
+        """Seconds in which half of the queue will have been served, as long as requests took."""
+        if not self._took:
             return min(1.0, self.config.deadline_s)
-        each = (time.monotonic() - self._finishes[0]) / len(self._finishes)
+        each = sum(self._took) / len(self._took) / self.config.slots
         return min(max(each * len(self._waiting) / 2, 1.0), self.config.deadline_s)
 
     # The device thread.
@@ -275,7 +276,7 @@ class Engine:
                     return
                 ticket = self._waiting.popleft()
                 row = self._batch.reserve(ticket.ask)
-                self._running[row] = ticket
+                self._running[row], ticket.admitted = ticket, time.monotonic()
                 self._counts["prompt_tokens"] += len(ticket.ask.prompt_ids)
             self._batch.prefill(row)
 
@@ -287,7 +288,7 @@ class Engine:
                 del self._running[progress.row]
                 if progress.error is None:
                     self._counts["finished"] += 1
-                    self._finishes.append(time.monotonic())
+                    self._took.append(time.monotonic() - ticket.admitted)
                 else:
                     self._counts["failed"] += 1
         if progress.text:
