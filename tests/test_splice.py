@@ -1,6 +1,8 @@
 """Where an edited matrix enters a row's tokens."""
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from gtalign_jax.data.chat import decode, encode_completion, token_pieces
 from gtalign_jax.data.tokenizer import train_tokenizer
@@ -57,6 +59,31 @@ def test_a_matrix_whose_first_brace_shares_its_token_with_the_tag_is_cut_before_
     found = plan(tokenizer, ids, DEAR, 1000)
     kept = decode(tokenizer, ids[: found.keep])
     assert kept == f"{HEAD}<payoff" and decode(tokenizer, found.forced).startswith(">{")
+
+
+def test_a_tokenizer_that_starts_texts_with_a_space_keeps_what_was_sampled_without_one():
+    tokenizer = words_after_spaces([TEXT] * 3)
+    ids = tokenizer.convert_tokens_to_ids(list(TEXT.replace(" ", "▁")))
+    assert decode(tokenizer, ids) == TEXT and encode_completion(tokenizer, TEXT)[0] != ids[0]
+    found = plan(tokenizer, ids, DEAR, 1000)
+    assert decode(tokenizer, ids[: found.keep]) == f"{HEAD}<payoff>"
+    assert decode(tokenizer, [*ids[: found.keep], *found.forced]) == (
+        f"{HEAD}<payoff>" + steer(TEXT, DEAR).forced)
+    assert len(found.forced) < len(steer(TEXT, DEAR).forced)  # in the tokenizer's own words
+
+
+def words_after_spaces(texts):
+    """A tokenizer of Llama's kind: its spaces are part of the words after them."""
+    made = Tokenizer(models.BPE(unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Metaspace()
+    made.decoder = decoders.Sequence([
+        decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0),
+    ])
+    alphabet = [*map(chr, range(33, 127)), "▁", "\n"]
+    made.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=160, special_tokens=["<unk>"], show_progress=False, initial_alphabet=alphabet))
+    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>",
+                                   clean_up_tokenization_spaces=False)
 
 
 def test_text_before_the_matrix_may_end_within_a_character():

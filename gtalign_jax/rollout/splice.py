@@ -87,11 +87,13 @@ def _joined(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], head: str,
             low, middle - 1)
     while not head.startswith(decode(tokenizer, ids[:low])):  # it ends within a character
         low -= 1
-    after = encode_completion(tokenizer, head[len(decode(tokenizer, ids[:low])):] + forced)
-    if decode(tokenizer, [*ids[:low], *after]) == head + forced:
-        return low, after
-    # Some tokenizers start every text with a space: then the whole is encoded, and what it has in
-    # common with the sampled tokens is kept.
+    rest = head[len(decode(tokenizer, ids[:low])):] + forced
+    for before in ("", "\n"):  # some tokenizers start every text with a space; here, before a line
+        cut = len(encode_completion(tokenizer, before))
+        after = encode_completion(tokenizer, before + rest)[cut:]
+        if decode(tokenizer, [*ids[:low], *after]) == head + forced:
+            return low, after
+    # Then the whole is encoded, and what it has in common with the sampled tokens is kept.
     whole = encode_completion(tokenizer, head + forced)
     same = (a == b for a, b in zip(ids, whole, strict=False))
     keep = next((i for i, equal in enumerate(same) if not equal), min(len(ids), len(whole)))
