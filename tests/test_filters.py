@@ -7,6 +7,7 @@ import pytest
 
 from gtalign_jax.rollout import filters
 from gtalign_jax.rollout.filters import Filters
+from gtalign_jax.rollout.sampler import draw
 
 
 def kept(logits, **options):
@@ -63,6 +64,14 @@ def test_temperature_divides_and_zero_leaves_the_logits():
     logits = jnp.asarray([[2.0, 4.0]])
     np.testing.assert_allclose(filters.apply(logits, Filters(temperature=0.5)), [[4.0, 8.0]])
     np.testing.assert_allclose(filters.apply(logits, Filters(temperature=0.0)), [[2.0, 4.0]])
+
+
+@pytest.mark.parametrize("temperature", [1e-8, 2e-38, 1e-45])
+def test_next_to_no_temperature_draws_the_likeliest_token(temperature):
+    logits = jnp.asarray([[3.0, -20.0, 20.0, 5.0]])
+    rows = filters.apply_rows(logits, jnp.full(1, temperature), jnp.full(1, 0.9))
+    for cold in (filters.apply(logits, Filters(temperature)), rows):
+        assert np.isfinite(cold).all() and draw(cold, jnp.full(1, 0.99)).tolist() == [2]
 
 
 def test_the_gradient_flows_through_kept_tokens_only():

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 
 from gtalign_jax.model.forward import NEG
 
+COLDEST = 1e-6  # temperatures above 0 count as at least this: logits must not overflow
+
 
 @dataclasses.dataclass(frozen=True)
 class Filters:
@@ -71,7 +73,7 @@ def apply(logits: jax.Array, filters: Filters, keep_ids: jax.Array | None = None
     greedy token is the untempered model's.
     """
     if filters.temperature > 0:
-        logits = logits / filters.temperature
+        logits = logits / max(filters.temperature, COLDEST)
     if not filters.truncates or filters.temperature == 0:
         return logits
     p = jax.nn.softmax(jax.lax.stop_gradient(logits), axis=-1)
@@ -94,7 +96,7 @@ def apply_rows(logits_BV: jax.Array, temperature_B: jax.Array, top_p_B: jax.Arra
     The nucleus is looked for only when some row asks for one.
     """
     greedy_B1, top_p_B1 = temperature_B[:, None] == 0, top_p_B[:, None]
-    logits_BV = logits_BV / jnp.where(greedy_B1, 1.0, temperature_B[:, None])
+    logits_BV = logits_BV / jnp.where(greedy_B1, 1.0, jnp.maximum(temperature_B, COLDEST)[:, None])
     narrow_B1 = (top_p_B1 < 1) & ~greedy_B1
 
     def cut(logits_BV: jax.Array) -> jax.Array:
