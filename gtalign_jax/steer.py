@@ -131,8 +131,8 @@ def _configs(args: argparse.Namespace) -> list[SteeringConfig]:
     if not args.held_out and (args.sweep or args.out or args.samples > 1):
         raise ValueError("--sweep, --out and --samples need --held_out=N")
     if args.samples > 1 and args.temperature == 0:
-        raise ValueError(f"--samples={args.samples} at --temperature=0: the completions of a "
-                         "prompt would all be the same; allowed: a temperature above 0, or --samples=1")
+        raise ValueError(f"--samples={args.samples} at --temperature=0: all completions of a "
+                         "prompt would be the same; allowed: a temperature above 0, or --samples=1")
     args.swept = [_read("--sweep", text) for text in _sweep(args.sweep)]
     prices = [*(_read("--pricing", text) for text in args.pricing), *args.swept]
     names = [price.name for price in prices]
