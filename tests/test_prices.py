@@ -112,3 +112,8 @@ def test_the_figure_says_in_words_what_it_shows(study):
     picture = prices_figure(study)
     assert "dear: DA 100%, CQ 0%, AQ 0%, asks back 25%, 16.2 tokens of answer" in picture.alt
     assert picture.png.startswith(b"\x89PNG")
+
+
+def test_a_policy_that_never_answers_has_a_figure_too():
+    silent = [row | {"response_tokens": 0} for row in rows(1, "ask", "answer", "answer")]
+    assert prices_figure(prices.study({"none": silent}, USAGE)).png.startswith(b"\x89PNG")

@@ -40,7 +40,7 @@ def prices_figure(study: Study) -> Picture:
     highest = max(ink.numbers(e for by_kind in study.estimates.values()
                               for one in [by_kind[OVERALL]["response_tokens"]]
                               for e in (one.value, one.high)), default=1.0)
-    bottom.set_ylim(0, 1.08 * highest)  # marks moved aside do not count for matplotlib
+    bottom.set_ylim(0, 1.08 * max(highest, 1.0))  # marks moved aside do not count for matplotlib
     bottom.set_xticks(range(len(names)), [name.replace("(", "\n(") for name in names],
                       rotation=90 if len(names) > 3 else 0, fontsize=ink.SMALL - 2)
     ink.says(top, y="cell chosen, share of completions")
