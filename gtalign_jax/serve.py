@@ -30,11 +30,13 @@ import socket
 import sys
 from collections.abc import Sequence
 
+import jinja2
 import uvicorn
 from fastapi import FastAPI
 
 from gtalign_jax.command import CHATTY
 from gtalign_jax.data import asking
+from gtalign_jax.data.chat import encode_chat
 from gtalign_jax.game import pricing, steering
 from gtalign_jax.game.decide import RULES
 from gtalign_jax.game.steering import SteeringConfig
@@ -59,7 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         api, steered = _api_config(args), _steering(args)
         with _listen(args.host, args.port) as listener:
             player = load_player(args.model, instruction=args.instruction, dtype=args.dtype)
-            engine = Engine(player, _engine_config(args, player))
+            sizes = _engine_config(args, player)
+            _check_prompt(player, sizes.prompt_tokens)
+            engine = Engine(player, sizes)
             service = _service(args, player, engine, steered)
             app = create_app(service, api)
             _warn(listener, api)
@@ -104,7 +108,8 @@ class Server(uvicorn.Server):
         serving = asyncio.create_task(self.serve(sockets=[self._listener]))
         while not (self.started or serving.done()):
             await asyncio.sleep(0.01)
-        print(f"ready: {self.url}", flush=True)
+        if not serving.done():
+            print(f"ready: {self.url}", flush=True)
         try:
             await serving
         finally:
@@ -217,6 +222,19 @@ def _engine_config(args: argparse.Namespace, player: Player) -> EngineConfig:
         slots=args.slots, queue=args.queue, prompt_tokens=prompt, new_tokens=new,
         deadline_s=args.deadline_s,
     )  # fmt: skip
+
+
+def _check_prompt(player: Player, longest: int) -> None:
+    """Raises ValueError where no request could be answered, so that clients are not told why."""
+    try:
+        asked = asking.ask([{"role": "user", "content": "?"}], player.instruction)
+        tokens = len(encode_chat(player.tokenizer, asked))
+    except jinja2.TemplateError as error:
+        raise ValueError(f"--instruction={player.instruction}: the model's chat template refuses "
+                         f"it: {error}") from error
+    if tokens > longest:
+        raise ValueError(f"--prompt_tokens={longest}: the shortest question is {tokens} tokens "
+                         f"with --instruction={player.instruction}")
 
 
 def _service(

@@ -1,8 +1,10 @@
 """The command: its mistakes, what its flags mean, how it ends."""
 
 import asyncio
+import copy
 import dataclasses
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -96,6 +98,21 @@ def test_sizes_fit_a_small_model_unless_they_are_given():
     assert sizes(512, "--prompt_tokens=400", "--new_tokens=90") == (400, 90)
 
 
+@pytest.mark.parametrize(("template", "flags", "words"), [
+    (None, (), "no chat template"),
+    ("{{ raise_exception('no system') }}", (), "--instruction=ours: .*no system"),
+    ("{{ messages[-1]['content'] }}", ("--prompt_tokens=50",), "--prompt_tokens=50: .*--instruct"),
+])  # fmt: skip
+def test_a_model_that_nobody_could_ask_anything_is_not_served(
+    capsys, monkeypatch, template, flags, words
+):
+    tokenizer = copy.deepcopy(writer.tokenizer())
+    tokenizer.chat_template = template
+    player = dataclasses.replace(writer.player(), tokenizer=tokenizer, instruction="ours")
+    monkeypatch.setattr(serve, "load_player", lambda what, **how: player)
+    assert re.search(words, mistake(capsys, *flags))
+
+
 def test_flags_steer_requests_that_say_nothing_and_need_known_use():
     def service(*flags: str, usage=writer.USAGE) -> Service:
         args = serve._arguments(["--model=x", *flags])
@@ -129,6 +146,16 @@ def test_what_does_not_finish_in_the_grace_time_is_told_so():
             server.loop.call_soon_threadsafe(server.end)
             with pytest.raises(openai.APIError, match="could not answer"):
                 list(stream)
+
+
+def test_a_server_that_does_not_come_up_does_not_say_that_it_is_ready(capsys, monkeypatch):
+    async def fails(self, sockets):
+        raise OSError("no more sockets")
+
+    monkeypatch.setattr(serve.Server, "serve", fails)
+    with socket.create_server(("127.0.0.1", 0)) as listener, pytest.raises(OSError):
+        asyncio.run(serve.Server(*scripted.make(), listener, 0).run())
+    assert capsys.readouterr().out == ""
 
 
 CHILD = """
