@@ -1,4 +1,4 @@
-"""The demo's cold start under six rewards and three seeds, on a laptop.
+"""The demo's cold start, without its repriced chains, under six rewards and three seeds.
 
     python -m gtalign_jax.ablate --config=configs/ablation_cpu.py
 
