@@ -112,6 +112,12 @@ async def _post_pieces(app, pieces):
     await app(scope, receive, send)
 
 
+@pytest.mark.parametrize(("path", "status"), [("/", 405), ("/health", 405), ("/other", 404)])
+def test_outside_the_interface_no_body_is_read(path, status):
+    app, _ = make(config=SMALL)
+    assert post(app, [b"x" * 100] * 5, path).status == status  # read, it would be too large: 413
+
+
 def test_a_body_in_pieces_within_the_limit_is_put_together():
     app, _ = make(config=SMALL)
     body = ask()

@@ -4,7 +4,7 @@
                the body is read
     shut-down  once the server is told to end, nothing new begins (503)
     body       at most `max_body_bytes`, counted as they arrive, whatever Content-Length says,
-               within `body_s` seconds
+               within `body_s` seconds; outside /v1 none is read
 
 The frameworks' own limit answers in plain text, and it reads before anybody asked for the key.
 """
@@ -75,8 +75,8 @@ class Gate:
         try:
             if guarded:
                 self._admit(scope)
-            if scope["method"] in ("POST", "PUT", "PATCH"):
-                receive = await self._body(scope, receive)
+                if scope["method"] in ("POST", "PUT", "PATCH"):
+                    receive = await self._body(scope, receive)
         except ApiError as error:
             await error.response()(scope, receive, send)
         except Disconnected:
