@@ -127,6 +127,14 @@ def test_prices_that_change_nothing_leave_the_row_as_it_is():
     assert found.outcome.reason == splice.UNCHANGED and found.outcome.result.after.key == "VQ_CQ"
 
 
+def test_a_row_that_the_floor_protects_says_so():
+    tokenizer = TOKENIZERS["tags whole"]
+    ids = encode_completion(tokenizer, TEXT)
+    held = plan(tokenizer, ids, SteeringConfig(DEAR.pricing, USAGE, floor=7.0), 1000).outcome
+    assert not held.steered
+    assert held.reason == "No cell is left: prices do not act here, and VQ_CQ stands."
+
+
 def test_a_row_without_room_for_one_sampled_token_goes_on_unsteered():
     tokenizer = TOKENIZERS["tags whole"]
     ids = encode_completion(tokenizer, TEXT)

@@ -96,6 +96,7 @@ class Steered:
       before: the default rule on the written matrix: what the model does unsteered.
       after: the config's rule on the edited matrix, among the cells that the config leaves open.
       forced: the text in place of everything behind "<payoff>"; None where nothing changes.
+      held: why the floor kept prices from acting at all; None where it did not.
     """
 
     written_UAP: np.ndarray
@@ -103,6 +104,7 @@ class Steered:
     before: Decision
     after: Decision
     forced: str | None
+    held: str | None = None
 
 
 def steer(text: str, config: SteeringConfig) -> Steered:
@@ -134,22 +136,23 @@ def solve(written_UAP: np.ndarray, config: SteeringConfig) -> Steered:
     before = decide(written_UAP)
     allowed_UA, why = _open_cells(written_UAP, before, config)
     if not allowed_UA.any():
-        why = (*why, f"No cell is left: prices do not act here, and {before.key} stands.")
-        return _untouched(written_UAP, before, why)
+        held = f"No cell is left: prices do not act here, and {before.key} stands."
+        return _untouched(written_UAP, before, why, held)
     edited_UAP = _rounded(written_UAP, exact_UAP, allowed_UA, config)
     tempting = _tempting(written_UAP, edited_UAP, before, config)
     if config.mode == "matrix" and tempting is not None:
-        why = (*why, f"Reading the edited matrix the model would choose {tempting}: prices do "
-               f"not act here, and {before.key} stands.")
-        return _untouched(written_UAP, before, why)
+        held = (f"Reading the edited matrix the model would choose {tempting}: prices do not act "
+                f"here, and {before.key} stands.")
+        return _untouched(written_UAP, before, why, held)
     after = decide(edited_UAP, config.rule, allowed_UA)
     after = dataclasses.replace(after, reasons=(*why, *after.reasons))
     return Steered(written_UAP, edited_UAP, before, after, forced=None)
 
 
-def _untouched(written_UAP: np.ndarray, before: Decision, why: tuple[str, ...]) -> Steered:
-    return Steered(written_UAP, written_UAP, before, dataclasses.replace(before, reasons=why),
-                   forced=None)
+def _untouched(written_UAP: np.ndarray, before: Decision, why: tuple[str, ...],
+               held: str) -> Steered:
+    after = dataclasses.replace(before, reasons=(*why, held))
+    return Steered(written_UAP, written_UAP, before, after, forced=None, held=held)
 
 
 def _open_cells(

@@ -59,7 +59,7 @@ def plan(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], config: Steerin
     except ValueError as error:
         return _unspliced(ids, str(error), None)
     if result.forced is None:
-        return _unspliced(ids, UNCHANGED, result)
+        return _unspliced(ids, result.held or UNCHANGED, result)
     head = text[: text.index(OPENING) + len(OPENING)]
     keep, forced = _joined(tokenizer, ids, head, result.forced)
     if decode(tokenizer, [*ids[:keep], *forced]) != head + result.forced:
