@@ -47,6 +47,8 @@ def start(project: Path, program: str, *words: str) -> subprocess.Popen:
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         env={"PATH": f"{project / 'bin'}:/usr/bin:/bin", "PROJECT": str(project),
              "REAL_PYTHON": python, "HOME": str(project)},
+        # Tests started in the background inherit "ignore", which a shell cannot trap.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 

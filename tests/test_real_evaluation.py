@@ -57,8 +57,8 @@ def check_tables(out, rows) -> None:
         assert len(part) == found["count"] >= 3
         assert found["value"] == pytest.approx(sum(welfare) / len(welfare), abs=1e-12)
         assert 0 <= found["low"] <= found["value"] <= found["high"] < 1, source
-        right = [row["valid"] for row in part]
-        assert saved[source]["format"]["value"] == pytest.approx(sum(right) / len(right))
+        formed = [row["format"] for row in part]
+        assert saved[source]["format"]["value"] == pytest.approx(sum(formed) / len(formed))
         assert saved[source]["missing"]["value"] == 0
         assert float(lines[source, "social_welfare"]["value"]) == found["value"]
         assert f"| {source} | run sft step 80 |" in markdown

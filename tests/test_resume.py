@@ -52,7 +52,7 @@ def examples(tmp_path_factory) -> Path:
 
 def command(workdir, examples, **overrides) -> list[str]:
     flat = runs.settings(workdir, **overrides)
-    flat = {**flat, **LEARN, "sft.examples": str(examples),
+    flat = {**flat, **LEARN, "sft.examples": str(examples), "sft.repriced": 0.0,
             **{key.replace("__", "."): value for key, value in overrides.items()}}
     flags = [f"--config.{key}={value}" for key, value in flat.items()]
     return [sys.executable, "-m", "gtalign_jax.main", "--config=configs/demo_cpu.py", *flags]
