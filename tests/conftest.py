@@ -4,6 +4,7 @@ The environment is set before anything imports jax: XLA reads it once, when the 
 """
 
 import os
+import tempfile
 from pathlib import Path
 
 FLAG = "--xla_force_host_platform_device_count"
@@ -14,6 +15,12 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Commands that tests start compile the same programs again and again: once in a session is enough.
+# The process that starts the workers makes the folder, and removes it when it ends.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    COMPILED = tempfile.TemporaryDirectory(prefix="gtalign-compiled-", ignore_cleanup_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
