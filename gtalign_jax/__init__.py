@@ -2,7 +2,8 @@
 
 The map (imports point down this list, never up):
 
-    main, score, export     commands
+    main, serve, steer, …   commands
+    serving                 OpenAI's protocol, the game and the page over HTTP
     config                  one frozen Config, made of each part's own dataclass
     evaluation              held-out prompts -> welfare, format, action tables
     training                state, SFT, GRPO, the loop, checkpoints, metrics
@@ -19,5 +20,10 @@ The only legend of dimension letters. Arrays in jitted code end in theirs (`logi
     H head size           U user actions (VQ, DQ)                       A LLM actions (DA, CQ, AQ)
     P players (LLM, user)                       C reward factors
 """
+
+import os
+
+# transformers would say with each command that it misses PyTorch; its tokenizers are all we use.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 __version__ = "0.1.0"

@@ -51,6 +51,7 @@ from gtalign_jax.training.checkpoint import CheckpointError
 
 log = logging.getLogger(__name__)
 
+INTERRUPTED = 130  # exit status after Ctrl-C before anything was served
 CLOSE_S = 5  # for connections to close when all replies are out
 
 
@@ -67,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             service = _service(args, player, engine, steered)
             app = create_app(service, api)
             _warn(listener, api)
+            log.info("%s: compiling for %d slots", player.name, sizes.slots)
             engine.start()
             asyncio.run(Server(app, engine, listener, args.grace_s).run())
     except MISTAKES as error:
@@ -76,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:  # before anything was served
-        return 130
+        return INTERRUPTED
     return 0
 
 
@@ -161,14 +163,19 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--api_key_env", default="", help="environment variable that holds the key to ask for")
     add("--instruction", default="", choices=["", *asking.INSTRUCTIONS],
         help="how the model is asked; default: as it was taught")
-    add("--dtype", default="", choices=["", *COMPUTE_DTYPES], help="to compute in")
-    add("--pricing", action="append", default=[], help='such as "per_token:output=30"')
-    add("--rule", choices=list(RULES))
-    add("--mode", choices=list(steering.MODES), default=SteeringConfig.mode)
-    add("--rows", choices=list(steering.ROWS), default=SteeringConfig.rows)
+    add("--dtype", default="", choices=["", *COMPUTE_DTYPES], help="to compute in; default: by "
+        "device")
+    add("--pricing", action="append", default=[], metavar="POLICY[:key=dollars,…]",
+        help=f"of {', '.join(pricing.POLICIES)}; tokens by the million, as in per_token:output=30")
+    add("--rule", choices=list(RULES), help=f"that chooses the cell ({steering.DEFAULT_RULE})")
+    add("--mode", choices=list(steering.MODES), default=SteeringConfig.mode,
+        help="force matrix and solved action, or the matrix alone (%(default)s)")
+    add("--rows", choices=list(steering.ROWS), default=SteeringConfig.rows,
+        help="cells that are open to choice (%(default)s)")
     add("--floor", type=float, default=SteeringConfig.floor,
         help="no price chooses a cell with LLM + user below it; a request may only raise it")
-    add("--sensitivity", default="", help="payoff points per US dollar: LLM,USER")
+    add("--sensitivity", default="", metavar="LLM,USER", help="payoff points per US dollar "
+        f"({','.join(f'{s:g}' for s in pricing.SENSITIVITY)})")
     add("--usage", default="", help='{"input": [DA, CQ, AQ], "output": …}: expected tokens')
     return parser.parse_args(argv)
 
@@ -287,4 +294,8 @@ def log_to_stderr() -> None:
 
 if __name__ == "__main__":
     log_to_stderr()
-    sys.exit(main())
+    status = main()
+    if status == INTERRUPTED:  # the engine may compile still, and nothing ends that but this
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)

@@ -94,7 +94,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", required=True, help="run, checkpoint, Hugging Face directory or hub name")
     add("--pricing", action="append", default=[], metavar="POLICY[:key=dollars,…]",
-        help=f"of {', '.join(pricing.POLICIES)}; several columns: several times")
+        help=f"of {', '.join(pricing.POLICIES)}, or a sum (a + b); tokens by the million; for "
+        "several columns: several times")
     add("--question", action="append", default=[], help="what the user asks; may be repeated")
     add("--held_out", type=int, default=0, metavar="N", help="on N held-out prompts instead")
     add("--sweep", default="", metavar="POLICY:key=a,b,…",

@@ -130,8 +130,8 @@ class Engine:
         return {"phase": self.phase, "error": "/secret/path", "busy": 0}
 
 
-def service(engine: Any, **settings: Any) -> Service:
-    config = SteeringConfig(pricing=pricing.read("none"), usage=USAGE)
+def service(engine: Any, price: str = "none", **settings: Any) -> Service:
+    config = SteeringConfig(pricing=pricing.read(price), usage=USAGE)
     return Service(player(), engine, "tiny", config, **settings)
 
 

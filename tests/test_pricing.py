@@ -160,6 +160,8 @@ def test_the_three_ways_to_write_a_pricing_read_the_same():
     assert {how.rates for how in same} == {same[0].rates}
     assert same[0].name == "per_token(output=30, input=5)"
     assert read(["none", "free"]).name == "none + free"
+    for text in ("free:ads=1e+1 + per_token:output=2", "free:ads=10+per_token:output=2.0"):
+        assert read(text) == read(["free:ads=10", {"policy": "per_token", "output": 2}])
     assert read("per_token").rates == read("per_token:output=30,input=5").rates  # the defaults
 
 
@@ -186,8 +188,11 @@ def test_the_three_ways_to_write_a_pricing_read_the_same():
         ({"price": 1}, 'no key "policy"'),
         ({"policy": "free", 3: 1}, "no key 3"),
         ({"policy": "given", "llm_output": -1e7}, "numbers from -1e+06 to 1e+06"),
-        ([], "holds 0 of them"),
-        (["none"] * 17, "holds 17 of them"),
+        ([], "a sum of 0 pricings; allowed are 1 to 16"),
+        (["none"] * 17, "a sum of 17 pricings"),
+        (" + ".join(["none"] * 17), "a sum of 17 pricings"),
+        ("none + ", "policy 'none +' is unknown"),
+        ("none + barter", "policy 'barter' is unknown"),
         ([["none"]], "pricing is a list"),
         (None, "pricing is None"),
         (3, "pricing is 3"),
@@ -203,7 +208,7 @@ def test_what_is_no_pricing_is_refused_by_name_value_and_what_is_allowed(value, 
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text()
-    | st.sampled_from([*POLICIES, "per_token:output=3", "free:ads=1,quota=2"]),
+    | st.sampled_from([*POLICIES, "per_token:output=3", "free:ads=1,quota=2", "free + none"]),
     lambda inner: st.lists(inner, max_size=3)
     | st.dictionaries(st.sampled_from(["policy", "output", "ads", "price"]) | st.text(), inner),
     max_leaves=8,

@@ -169,6 +169,14 @@ def test_false_is_not_zero():
     assert "top_k" in error(post(make()[0], ask(top_k=False)), 400, "top_k")
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/game/decide"])
+def test_a_steering_field_under_another_name_is_not_passed_over(path):
+    app, _ = make()
+    said = error(post(app, ask(prices="free", payoff=scripted.PAYOFF), path), 400, "prices")
+    assert said.endswith("did you mean pricing?")
+    assert post(app, ask(prices=None, payoff=scripted.PAYOFF), path).status == 200
+
+
 def test_another_models_name_is_404_as_openai_says_it():
     app, _ = make()
     said = error(post(app, ask(model="gpt-4o")), 404, "model", "model_not_found")

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import inspect
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -33,6 +34,7 @@ MAX_UNITS = 1e9
 MAX_PARTS = 16
 MAX_RATE = MAX_PARTS * MAX_DOLLARS * 2  # a request may cost the user for two reasons (`free`)
 MAX_TEXT = 1000
+_PLUS = re.compile(r"\s*\+\s*(?=[^\s\d.])")  # between two policies, not in 1e+3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,24 +203,30 @@ def defaults(policy: str) -> dict[str, float]:
 
 def read(value: str | Mapping | Sequence) -> Pricing:
     """The pricing that a flag or a JSON value names: `"subscription"`,
-    `"per_token:output=30,input=5"`, `{"policy": "per_token", "output": 30}`, or a list of these
-    (their sum). Raises ValueError, and nothing else, on everything that is no pricing.
+    `"per_token:output=30,input=5"`, `{"policy": "per_token", "output": 30}`, a sum of texts
+    (`"subscription + per_request:price=0.02"`) or a list of any of these (their sum).
+
+    Raises ValueError, and nothing else, on everything that is no pricing.
     """
     if isinstance(value, str | Mapping):
-        return _read_one(value)
-    if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray):
-        if not 1 <= len(value) <= MAX_PARTS:
-            raise ValueError(
-                f"a list of pricings holds {len(value)} of them; allowed are 1 to {MAX_PARTS}"
-            )
-        return compose(*map(_read_one, value))
-    raise ValueError(f"pricing is {_shown(value)}; allowed is {_FORMS}, or a list of these")
+        value = [value]
+    if not isinstance(value, Sequence) or isinstance(value, bytes | bytearray):
+        raise ValueError(f"pricing is {_shown(value)}; allowed is {_FORMS}, or a list of these")
+    parts = [part for one in value[: MAX_PARTS + 1] for part in _summands(one)]
+    if not 1 <= len(parts) <= MAX_PARTS:
+        raise ValueError(f"a sum of {max(len(parts), len(value))} pricings; allowed are 1 to "
+                         f"{MAX_PARTS}")
+    return compose(*map(_read_one, parts))
 
 
 _FORMS = (
     f"one of {', '.join(POLICIES)}, with settings as in 'per_token:output=30' or "
     '{"policy": "per_token", "output": 30}'
 )
+
+
+def _summands(value: Any) -> list[Any]:
+    return _PLUS.split(value) if isinstance(value, str) and len(value) <= MAX_TEXT else [value]
 
 
 def _read_one(value: Any) -> Pricing:

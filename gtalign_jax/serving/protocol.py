@@ -53,6 +53,12 @@ UNSUPPORTED: dict[str, tuple] = {  # field -> the values that ask for nothing
     "verbosity": (None,),
     "web_search_options": (None,),
 }
+MEANT = {  # what is easily written for a field that steers, which would then not be heard
+    "decision_rule": "rule", "policy": "pricing", "price": "pricing", "prices": "pricing",
+    "pricing_policy": "pricing", "row": "rows", "rules": "rule", "sensitivities": "sensitivity",
+}  # fmt: skip
+MISNAMED: dict[str, tuple] = dict.fromkeys(MEANT, (None,))
+UNSUPPORTED |= MISNAMED
 UNSUPPORTED_OF_A_MESSAGE: dict[str, tuple] = {
     "audio": (None,), "function_call": (None,), "tool_calls": (None, []),
 }  # fmt: skip
@@ -62,7 +68,8 @@ class Unsupported(ValueError):
     """A field that this server does not have, by its name `param`."""
 
     def __init__(self, param: str) -> None:
-        super().__init__(f"{param} is not supported by this server; leave it out")
+        other = f"did you mean {MEANT[param]}?" if param in MEANT else "leave it out"
+        super().__init__(f"{param} is not supported by this server; {other}")
         self.param = param
 
 
@@ -135,7 +142,8 @@ class StreamOptions(Strict):
 
 
 def _pricing_schema() -> dict[str, Any]:
-    """What `pricing.read` takes, exactly but for a key that stands twice in a text."""
+    """What `pricing.read` takes, exactly but for a key that stands twice in a text, and texts with
+    three policies or more."""
     texts, objects = [], []
     for name in pricing.POLICIES:
         lowest = -pricing.MAX_DOLLARS if name == "given" else 0
@@ -148,14 +156,18 @@ def _pricing_schema() -> dict[str, Any]:
         })  # fmt: skip
         setting = rf"({'|'.join(keys)})=[0-9]{{1,6}}(\.[0-9]{{1,6}})?"
         texts.append(rf"{name}(:{setting}(,{setting})*)?" if keys else name)
-    text = {"type": "string", "maxLength": 500, "pattern": rf"^({'|'.join(texts)})$"}
+    named = rf"({'|'.join(texts)})"
+    text = {"type": "string", "maxLength": 500, "pattern": rf"^{named}( \+ {named})?$"}
     one = [text, *objects]
     many = {"type": "array", "items": {"anyOf": one}, "minItems": 1, "maxItems": pricing.MAX_PARTS}
     return {
         "anyOf": [*one, many, {"type": "null"}], "default": None,
         "description": "A pricing policy (GET /v1/game lists them with their keys), or a list of "
         "them: their sum.",
-        "examples": ["subscription", "per_token:output=30", {"policy": "per_token", "output": 30}],
+        "examples": [
+            "subscription", "subscription + per_request:price=0.02",
+            {"policy": "per_token", "output": 30},
+        ],
     }  # fmt: skip
 
 
@@ -273,4 +285,11 @@ class Matrix(Strict):
 
 
 class DecideRequest(Steer):
+    model_config = ConfigDict(json_schema_extra=_with(MISNAMED))
+
     payoff: Matrix
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse(cls, data: Any) -> Any:
+        return _refuse(data, MISNAMED)

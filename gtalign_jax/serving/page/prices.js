@@ -11,7 +11,7 @@ const SCALES = {
   request: { least: 0.0001, most: 10 },
   points: { least: 1, most: 100000 },
 };
-const FIRST = "per_token"; // the policy that has something to drag
+const DRAGGED = "per_token"; // a policy that has something to drag
 const SIDES = ["the model", "you"];
 
 const byId = (id) => document.getElementById(id);
@@ -77,14 +77,27 @@ function fillSelect(select, told, words, changed) {
   return show;
 }
 
+// The server's own prices, "per_token(output=100)" -> ["per_token", {output: 100}], where it has any
+// and the controls can show them: a sum is more than they can.
+function usualPrices({ steered_by_default: steered, pricing, policies }) {
+  const said = steered ? /^(\w+)(?:\(([^()]*)\))?$/.exec(pricing) : null;
+  if (said === null || said[1] === "none" || !(said[1] in policies)) return [DRAGGED, {}];
+  const pairs = (said[2] ?? "").split(", ").filter(Boolean).map((pair) => pair.split("="));
+  return [said[1], Object.fromEntries(pairs.map(([name, value]) => [name, Number(value)]))];
+}
+
 // The panel filled from what the server knows about the game; `changed()` after each input.
 export function makePrices({ policies, ...game }, changed) {
+  const [first, usualValues] = usualPrices({ policies, ...game });
   const made = new Map(); // policy -> its prices, kept while another policy is shown
   let active = null;
   const touched = (price) => { active = price; changed(); };
   const current = () => {
     const policy = byId("policy").value;
-    if (!made.has(policy)) made.set(policy, makePolicy(policy, policies[policy].parameters, touched));
+    if (!made.has(policy)) {
+      const values = policy === first ? usualValues : {};
+      made.set(policy, makePolicy(policy, policies[policy].parameters, values, touched));
+    }
     return made.get(policy);
   };
   const showPolicy = () => {
@@ -99,7 +112,7 @@ export function makePrices({ policies, ...game }, changed) {
     fillSelect(byId("mode"), game.modes, MODES, changed),
     fillSelect(byId("rows"), game.rows, ROWS, changed),
   ];
-  if (FIRST in policies) byId("policy").value = FIRST;
+  if (first in policies) byId("policy").value = first;
   byId("rule").value = game.rule;
   byId("mode").value = game.mode;
   for (const each of show) each();
@@ -153,7 +166,7 @@ function layOut(place, prices) {
 const valuesOf = (prices) =>
   Object.fromEntries([...prices].map(([name, price]) => [name, price.value]));
 
-function makePolicy(policy, parameters, touched) {
+function makePolicy(policy, parameters, values, touched) {
   const prices = new Map();
   const known = Object.keys(PARAMETERS);
   const rank = (name) => (known.includes(name) ? known.indexOf(name) : known.length);
@@ -161,7 +174,7 @@ function makePolicy(policy, parameters, touched) {
     const { default: value, help } = parameters[name];
     const words = PARAMETERS[name] ?? { label: capital(help), kind: "tokens", unit: "" };
     const scale = { ...SCALES[words.kind], signed: Boolean(words.signed) };
-    prices.set(name, makePrice(`${policy}-${name}`, { ...words, scale }, value, touched));
+    prices.set(name, makePrice(`${policy}-${name}`, { ...words, scale }, values[name] ?? value, touched));
   }
   return prices;
 }
