@@ -37,6 +37,13 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 
 
+def pytest_configure(config):
+    """What tests start has no torch; pytest-xdist's workers, which tests run in, have it."""
+    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
+        path = (str(ROOT / "tests" / "torch_free"), os.environ.get("PYTHONPATH", ""))
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, path))
+
+
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
     """The folder of reference data beside the repository; absent on a user's machine."""

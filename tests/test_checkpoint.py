@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pods
 import pytest
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -240,7 +241,7 @@ CHILD = textwrap.dedent("""
 
 
 def run_child(directory, how: str) -> subprocess.CompletedProcess:
-    env = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": os.getcwd()}
+    env = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": pods.PATH}
     return subprocess.run(
         [sys.executable, "-c", CHILD, str(directory), how],
         env=env, capture_output=True, text=True, timeout=120,

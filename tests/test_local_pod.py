@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -42,13 +43,14 @@ def project(tmp_path):
 def start(project: Path, program: str, *words: str) -> subprocess.Popen:
     (project / "program").write_text(program)
     python = shutil.which("python3")
+    # Tests started in the background inherit "ignore" for Ctrl-C, which a shell cannot trap.
+    heard = ("import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+             "os.execvp(sys.argv[1], sys.argv[1:])")
     return subprocess.Popen(
-        ["bash", "launch/local_pod.sh", *words], cwd=project, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        [sys.executable, "-S", "-c", heard, "bash", "launch/local_pod.sh", *words], cwd=project,
+        text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         env={"PATH": f"{project / 'bin'}:/usr/bin:/bin", "PROJECT": str(project),
              "REAL_PYTHON": python, "HOME": str(project)},
-        # Tests started in the background inherit "ignore", which a shell cannot trap.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 

@@ -34,7 +34,7 @@ def start(workdir, cache, processes: int, devices: int, planted: str = "",
     flat = runs.settings(workdir, **overrides) | SETTINGS
     flags = [f"--config.{key}={value}" for key, value in flat.items()]
     environ = {
-        **os.environ, "PYTHONPATH": str(pods.ROOT), "PLANTED": planted,
+        **os.environ, "PYTHONPATH": pods.PATH, "PLANTED": planted,
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import openai
+import pods
 import pytest
 import scripted
 import writer
@@ -170,7 +171,7 @@ sys.exit(serve.main(sys.argv[1:]))
 
 @pytest.mark.slow
 def test_sigterm_lets_a_reply_finish_refuses_new_ones_and_ends_with_status_0():
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(("tests", ".")), "SERVE_KEY": "k"}
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(("tests", pods.PATH)), "SERVE_KEY": "k"}
     process = subprocess.Popen(
         [sys.executable, "-c", CHILD, "--model=writer", "--port=0", "--prompt_tokens=32",
          "--new_tokens=31", "--slots=1", "--api_key_env=SERVE_KEY"],

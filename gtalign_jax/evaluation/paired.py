@@ -19,7 +19,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import scipy.stats
 
 MEASURES = ("user_welfare", "llm_welfare", "reward")
 RESAMPLES = 2000
@@ -264,6 +263,8 @@ def _permutation(difference_MI: np.ndarray, seed: int, resamples: int) -> np.nda
     pairs_M = np.isfinite(difference_MI).sum(axis=1)
     if count < 2:
         return np.full(M, np.nan)
+    import scipy.stats  # takes a second, for which no command that compares nothing should wait
+
     found = scipy.stats.permutation_test(
         (np.nan_to_num(difference_MI),), lambda x, axis: x.sum(axis=axis),
         permutation_type="samples", vectorized=True, axis=-1,
