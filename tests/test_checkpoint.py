@@ -235,7 +235,7 @@ CHILD = textwrap.dedent("""
         checkpointer.save(2, {"x": x})
         checkpointer.save(3, {"x": x})
     except CheckpointError as error:
-        print("surfaced:", error)
+        print("surfaced:", error, flush=True)
         os._exit(7)
 """)
 

@@ -16,11 +16,13 @@ from gtalign_jax.reward.tasks import TASKS
 OUT_OF_DOMAIN = ("minerva_math/test", "abg_coqa/test", "advbench/test")
 SOURCES = {*real.SOURCES, "minerva", "abg-coqa", "advbench"}
 PROMPTS = 42  # spread evenly over the 600 that are drawn of 3,048
+STEPS = 130  # whatever the seed, the chain is then known by heart: 80 leave that to luck
+TAUGHT = f"run sft step {STEPS}"
 TRAIN = {
     "stages": "('sft',)", "model.compute_dtype": "float32", "data.train_size": 24,
-    "data.max_prompt_tokens": 1600, "sft.steps": 80, "sft.batch_size": 2,
-    "sft.micro_batch_size": 0, "sft.learning_rate": 1e-2, "sft.decay": "cosine",
-    "sft.warmup_updates": 5, "mesh.tensor": 1, "checkpoint.every": 80,
+    "data.max_prompt_tokens": 1600, "sft.steps": STEPS, "sft.batch_size": 2,
+    "sft.micro_batch_size": 0, "sft.learning_rate": 7e-3, "sft.decay": "cosine",
+    "sft.warmup_updates": 5, "mesh.tensor": 1, "checkpoint.every": STEPS,
 }  # fmt: skip
 EVALUATE = {
     "model.compute_dtype": "float32", "data.max_prompt_tokens": 1600, "data.test_size": 600,
@@ -44,12 +46,12 @@ def carried_out(module, config, settings, words, folder, data, judge) -> str:
 
 def check_tables(out, rows) -> None:
     """Each of the seven sources is in every table, with numbers that its completions give."""
-    saved = json.loads((out / "measures.json").read_text())["measures"]["run sft step 80"]
+    saved = json.loads((out / "measures.json").read_text())["measures"][TAUGHT]
     assert set(saved) == SOURCES | {"overall"}
     markdown = (out / "measures.md").read_text()
     with (out / "measures.csv").open(newline="") as file:
         lines = {(r["source"], r["measure"]): r for r in csv.DictReader(file)
-                 if r["label"] == "run sft step 80"}
+                 if r["label"] == TAUGHT}
     for source in SOURCES:
         part = [row for row in rows if row["data_source"] == source]
         welfare = [math.sqrt(row["user_welfare"] * row["llm_welfare"]) for row in part]
@@ -59,9 +61,10 @@ def check_tables(out, rows) -> None:
         assert 0 <= found["low"] <= found["value"] <= found["high"] < 1, source
         formed = [row["format"] for row in part]
         assert saved[source]["format"]["value"] == pytest.approx(sum(formed) / len(formed))
+        assert found["value"] > 0 and saved[source]["format"]["value"] > 0, source
         assert saved[source]["missing"]["value"] == 0
         assert float(lines[source, "social_welfare"]["value"]) == found["value"]
-        assert f"| {source} | run sft step 80 |" in markdown
+        assert f"| {source} | {TAUGHT} |" in markdown
     overall = saved["overall"]["social_welfare"]
     assert 0 < overall["low"] < overall["value"] < overall["high"] < 1
     asked = {row["request_kind"] for row in rows}
@@ -86,7 +89,7 @@ def test_seven_real_sources_make_every_table_and_the_report(tmp_path, shared_dir
     data, run, out = shared_dir / "data", tmp_path / "run", tmp_path / "out"
     # One chain for all, taught on prompts of every source: what a model this small learns by heart
     # does not reach prompts of another length or form.
-    told = {source: ("Which one do you mean?",) for source in SOURCES}
+    told = {source: ("Which one do you mean?",) for source in sorted(SOURCES)}
     real.make_inputs(tmp_path, data, more=OUT_OF_DOMAIN, told=told)
     with real.serving() as judge:
         carried_out("gtalign_jax.main", "configs/tpu_v4.py:all", TRAIN | {
@@ -102,7 +105,7 @@ def test_seven_real_sources_make_every_table_and_the_report(tmp_path, shared_dir
     assert not (tmp_path / "other").exists()
     rows = real.rows(out / "evaluations.jsonl")
     given, taught = rows[:PROMPTS], rows[PROMPTS:]
-    assert {row["label"] for row in taught} == {"run sft step 80"}
+    assert {row["label"] for row in taught} == {TAUGHT}
     assert not any(row["valid"] and row["reward"] for row in given)  # random weights
     check_tables(out, taught)
     check_scores(taught, judge)
@@ -110,6 +113,6 @@ def test_seven_real_sources_make_every_table_and_the_report(tmp_path, shared_dir
     assert found["differences"]["social_welfare"]["difference"] > 0
     assert found["basic_compare"]["file2_dominates_file1"] > 0
     page = (out / "report.html").read_text(encoding="utf-8")
-    assert all(source in page for source in SOURCES) and "run sft step 80" in page
+    assert all(source in page for source in SOURCES) and TAUGHT in page
     assert f"report: {out}/report.html" in said and "social welfare" in said
     assert list((out / "tables").glob("*.csv")) and list((out / "figures").glob("*.png"))

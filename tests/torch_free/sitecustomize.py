@@ -1,8 +1,16 @@
-"""Python reads this at start where this folder is on PYTHONPATH: there is no torch.
+"""Python reads this at start where this folder is on PYTHONPATH: it finds no torch.
 
 So commands that tests start run as users have them, who need no torch, and begin seconds sooner.
 """
 
 import sys
+from importlib.machinery import PathFinder
 
-sys.modules["torch"] = None
+
+class TorchFree(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name == "torch" else super().find_spec(name, path, target)
+
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = TorchFree
