@@ -1,6 +1,6 @@
 """Compiles the shipped experiments for TPU slices and writes the table of docs/pods.md.
 
-    python benchmarks/pods.py [--only=v4:3b,v5e:0.5b] [--out=docs/pods.md] [--keep=runs/pods]
+    python -m benchmarks.pods [--only=v4:3b,v5e:0.5b] [--out=docs/pods.md] [--keep=runs/pods]
 
 For every machine and size of `gtalign_jax.paper.FITS` it runs the compile command as a user would,
 one process after the other, and keeps each JSON in `--keep`: what is there already is not compiled

@@ -1,6 +1,6 @@
 """Load on a real server: many clients at once, every kind of request, for a while.
 
-    python benchmarks/serve.py --model=runs/demo [--clients=64] [--seconds=60] [--out=FILE.json]
+    python -m benchmarks.serve --model=runs/demo [--clients=64] [--seconds=60] [--out=FILE.json]
         [--slots=8 --queue=64 --new_tokens=N] [--fuzz=0]
 
 Starts `python -m gtalign_jax.serve` on loopback and lets the clients ask until the time is over:

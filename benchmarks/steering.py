@@ -1,6 +1,6 @@
 """What steering costs: the same batch plainly, and steered by a price, in turn, in one process.
 
-    python benchmarks/steering.py --model=runs/demo [--prompts=64 --samples=4] [--d_ff=8192]
+    python -m benchmarks.steering --model=runs/demo [--prompts=64 --samples=4] [--d_ff=8192]
 
 One line of JSON: medians in seconds, their ratio to plain generation with its spread over the
 repeats, and how much each way generated. "unchanged" looks at every matrix and changes none;
