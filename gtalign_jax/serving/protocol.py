@@ -58,7 +58,6 @@ MEANT = {  # what is easily written for a field that steers, which would then no
     "pricing_policy": "pricing", "row": "rows", "rules": "rule", "sensitivities": "sensitivity",
 }  # fmt: skip
 MISNAMED: dict[str, tuple] = dict.fromkeys(MEANT, (None,))
-UNSUPPORTED |= MISNAMED
 UNSUPPORTED_OF_A_MESSAGE: dict[str, tuple] = {
     "audio": (None,), "function_call": (None,), "tool_calls": (None, []),
 }  # fmt: skip
@@ -94,15 +93,23 @@ def _shown(unsupported: dict[str, tuple]) -> dict[str, Any]:
     }
 
 
-def _with(unsupported: dict[str, tuple]):
-    def extend(schema: dict[str, Any]) -> None:
-        schema["properties"] |= _shown(unsupported)
-
-    return extend
+def _describe(schema: dict[str, Any], model: type["Strict"]) -> None:
+    schema["properties"] |= _shown(model.UNSUPPORTED)
 
 
 class Strict(BaseModel):
-    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+    """What all that is posted has in common; fields of its UNSUPPORTED are refused by name."""
+
+    model_config = ConfigDict(
+        strict=True, extra="ignore", allow_inf_nan=False, json_schema_extra=_describe
+    )
+
+    UNSUPPORTED: ClassVar[dict[str, tuple]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse(cls, data: Any) -> Any:
+        return _refuse(data, cls.UNSUPPORTED)
 
 
 class Part(Strict):
@@ -113,18 +120,13 @@ class Part(Strict):
 
 
 class Message(Strict):
-    model_config = ConfigDict(json_schema_extra=_with(UNSUPPORTED_OF_A_MESSAGE))
+    UNSUPPORTED = UNSUPPORTED_OF_A_MESSAGE
 
     role: Literal["system", "developer", "user", "assistant"]
     content: (
         Annotated[str, Field(max_length=MAX_CHARS)]
         | Annotated[list[Part], Field(min_length=1, max_length=MAX_MESSAGES)]
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse(cls, data: Any) -> Any:
-        return _refuse(data, UNSUPPORTED_OF_A_MESSAGE)
 
     @property
     def text(self) -> str:
@@ -209,6 +211,7 @@ Sensitivity = Annotated[
 class Steer(Strict):
     """How a request is steered; what is left out is as the server was started."""
 
+    UNSUPPORTED = MISNAMED
     STEERING: ClassVar = ("pricing", "usage", "sensitivity", "rule", "mode", "rows", "floor")
 
     pricing: PricingValue = None
@@ -226,7 +229,7 @@ class Steer(Strict):
 
 
 class ChatRequest(Steer):
-    model_config = ConfigDict(json_schema_extra=_with(UNSUPPORTED))
+    UNSUPPORTED = UNSUPPORTED | MISNAMED
 
     model: str
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
@@ -247,11 +250,6 @@ class ChatRequest(Steer):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: Annotated[str, Field(max_length=1000)] | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse(cls, data: Any) -> Any:
-        return _refuse(data, UNSUPPORTED)
 
     @property
     def limit(self) -> int | None:
@@ -285,11 +283,4 @@ class Matrix(Strict):
 
 
 class DecideRequest(Steer):
-    model_config = ConfigDict(json_schema_extra=_with(MISNAMED))
-
     payoff: Matrix
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse(cls, data: Any) -> Any:
-        return _refuse(data, MISNAMED)
