@@ -141,16 +141,14 @@ def make_inputs(folder: Path, data: Path, more: tuple[str, ...] = (), told=None)
     )).save_pretrained(folder / "model")
 
 
-def start(module: str, config: str, flags: Mapping[str, object], folder: Path, data: Path,
+def start(module: str, config: str, flags: Mapping[str, object], data: Path,
           judge: JudgeServer, log: Path) -> subprocess.Popen:
     """A command as a user starts it, on one device; what it prints goes to `log`."""
     command = [sys.executable, "-m", module, f"--config={config}"]
     command += [f"--{key}={value}" for key, value in flags.items()]
     variables = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     variables |= {"GTALIGN_DATA": str(data), "GTALIGN_JUDGE_URL": judge.url,
-                  "GTALIGN_JUDGE_MODEL": "grader", "TRANSFORMERS_VERBOSITY": "error",
-                  # A second command need not compile again what the first one did.
-                  "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
+                  "GTALIGN_JUDGE_MODEL": "grader"}
     with open(log, "wb") as out:
         return subprocess.Popen(command, cwd=ROOT, env=variables, stdout=out, stderr=out)
 

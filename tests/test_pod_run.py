@@ -23,12 +23,7 @@ SETTINGS = {
 }
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("compiled")
-
-
-def start(workdir, cache, processes: int, devices: int, planted: str = "",
+def start(workdir, processes: int, devices: int, planted: str = "",
           **overrides) -> list[subprocess.Popen]:
     """`processes` of one run in `workdir`, with `devices` each; returns without waiting."""
     flat = runs.settings(workdir, **overrides) | SETTINGS
@@ -36,7 +31,7 @@ def start(workdir, cache, processes: int, devices: int, planted: str = "",
     environ = {
         **os.environ, "PYTHONPATH": pods.PATH, "PLANTED": planted,
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
     if processes > 1:
@@ -70,18 +65,18 @@ def begin(whole: Path, workdir: Path, keep_step: int | None = None) -> Path:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory, cache) -> Path:
+def alone(tmp_path_factory) -> Path:
     """One process with eight devices: the cold start and ten steps of GRPO."""
     workdir = tmp_path_factory.mktemp("alone") / "run"
-    finish(start(workdir, cache, 1, 8))
+    finish(start(workdir, 1, 8))
     return workdir
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory, cache, alone) -> Path:
+def pair(tmp_path_factory, alone) -> Path:
     """Two processes with four devices each, from the cold start of `alone`."""
     workdir = begin(alone, tmp_path_factory.mktemp("pair") / "run")
-    finish(start(workdir, cache, 2, 4))
+    finish(start(workdir, 2, 4))
     return workdir
 
 
@@ -123,20 +118,20 @@ def test_two_processes_draw_the_tokens_and_take_the_steps_of_one(alone, pair):
 
 @pytest.mark.parametrize("processes, devices", [(1, 1), (4, 2)])
 def test_a_checkpoint_of_two_processes_goes_on_with_any_other_number(
-    alone, pair, cache, tmp_path, processes, devices
+    alone, pair, tmp_path, processes, devices
 ):
     workdir = begin(pair, tmp_path / "run", keep_step=SAVED)
-    finish(start(workdir, cache, processes, devices))
+    finish(start(workdir, processes, devices))
     check_judged_once(workdir, processes, STEPS - SAVED)
     check_same(workdir, alone)
 
 
 @pytest.mark.parametrize("phase, victim, how", [("reward", 1, "raise"), ("update", 1, "stop")])
 def test_a_process_that_fails_ends_all_with_a_cause_and_the_same_command_resumes(
-    alone, cache, tmp_path, phase, victim, how
+    alone, tmp_path, phase, victim, how
 ):
     workdir = begin(alone, tmp_path / "run")
-    children = start(workdir, cache, 2, 4, planted=f"{phase}:{SAVED + 2}:{victim}:{how}")
+    children = start(workdir, 2, 4, planted=f"{phase}:{SAVED + 2}:{victim}:{how}")
     (survivor,) = pods.ended([child for i, child in enumerate(children) if i != victim], 500)
     if how == "stop":
         children[victim].send_signal(signal.SIGCONT)
@@ -146,20 +141,20 @@ def test_a_process_that_fails_ends_all_with_a_cause_and_the_same_command_resumes
     assert f"{phase} of step {SAVED + 2}" in survivor.text, survivor.text[-3000:]
     if how == "raise":
         assert "Planted: a planted fault" in survivor.text
-    finish(start(workdir, cache, 2, 4))
+    finish(start(workdir, 2, 4))
     check_same(workdir, alone)
 
 
 def test_one_process_that_is_told_to_end_makes_all_save_the_same_step_and_the_run_goes_on(
-    alone, cache, tmp_path
+    alone, tmp_path
 ):
     told = SAVED + 2
     workdir = begin(alone, tmp_path / "run")
-    children = start(workdir, cache, 2, 4, planted=f"reward:{told}:1:term")
+    children = start(workdir, 2, 4, planted=f"reward:{told}:1:term")
     for ended in pods.ended(children, 500):
         assert ended.status == 75, ended.text[-3000:]
         assert f"grpo is saved up to step {told}; the same command goes on" in ended.text
     saved = {path.name for path in (workdir / "checkpoints/grpo").iterdir()}
     assert str(told) in saved and str(STEPS) not in saved
-    finish(start(workdir, cache, 1, 8))
+    finish(start(workdir, 1, 8))
     check_same(workdir, alone)

@@ -70,7 +70,7 @@ def start(folder: Path, data: Path, judge: JudgeServer, log: Path) -> subprocess
         "data.train": files(data, TRAIN),
     }
     flags = {f"config.{key}": value for key, value in settings.items()}
-    return real.start("gtalign_jax.main", "configs/tpu_v4.py:all", flags, folder, data, judge, log)
+    return real.start("gtalign_jax.main", "configs/tpu_v4.py:all", flags, data, judge, log)
 
 
 def steps_of(run: Path, stage: str) -> list[int]:

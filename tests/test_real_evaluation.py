@@ -35,7 +35,7 @@ def carried_out(module, config, settings, words, folder, data, judge) -> str:
     """What the command printed; it must have succeeded."""
     log = folder / f"{module}.log"
     flags = {f"config.{key}": value for key, value in settings.items()} | words
-    process = real.start(module, config, flags, folder, data, judge, log)
+    process = real.start(module, config, flags, data, judge, log)
     try:
         assert process.wait(900) == 0, log.read_text()
     finally:
