@@ -136,15 +136,16 @@ def service(engine: Any, price: str = "none", **settings: Any) -> Service:
 
 
 @functools.cache
-def _made(config: ApiConfig, steered: bool):
+def _made(config: ApiConfig, steered: bool, price: str):
     engine = Engine()
-    return create_app(service(engine, steered=steered), config), engine
+    return create_app(service(engine, price, steered=steered), config), engine
 
 
-def make(*scripts: Script, config: ApiConfig | None = None, steered: bool = False):
+def make(*scripts: Script, config: ApiConfig | None = None, steered: bool = False,
+         price: str = "none"):
     """(application, engine), made once for each config and then only told another script: building
     an application takes longer than most requests."""
-    app, engine = _made(config or ApiConfig(), steered)
+    app, engine = _made(config or ApiConfig(), steered, price)
     engine.__init__(*scripts)
     app.state.traffic.__init__()
     return app, engine

@@ -15,7 +15,7 @@ import uvicorn
 from browsing import CONTRAST, WIDER, chromium
 from scripted import CHAIN, RESPONSE, Script
 
-from gtalign_jax.serving.api import ApiConfig, create_app
+from gtalign_jax.serving.api import ApiConfig
 from gtalign_jax.serving.engine import Overloaded
 
 QUESTION = "What sound does it make?"
@@ -109,18 +109,15 @@ class Tab:
 
 @pytest.fixture
 def open_tab(browser):
-    """open_tab(*scripts, width=, scheme=, refused=, config=, price=) -> (tab, engine).
+    """open_tab(*scripts, width=, scheme=, refused=, config=, steered=, price=) -> (tab, engine).
 
     At the end no page asked for anything elsewhere, and none complained, but of what was refused.
     """
     complaints = []
     with contextlib.ExitStack() as stack:
 
-        def start(*scripts, width=1280, scheme="light", refused="", config=None, price=""):
-            app, engine = scripted.make(*scripts, config=config)
-            if price:
-                service = scripted.service(engine, steered=True, price=price)
-                app = create_app(service, config or ApiConfig())
+        def start(*scripts, width=1280, scheme="light", refused="", config=None, **settings):
+            app, engine = scripted.make(*scripts, config=config, **settings)
             address = stack.enter_context(served(app))
             context = stack.enter_context(browser.new_context(
                 viewport={"width": width, "height": 900}, color_scheme=scheme,
@@ -192,7 +189,7 @@ def test_a_price_moved_by_keyboard_changes_the_choice_and_then_the_answer(open_t
 def test_the_controls_begin_with_the_servers_own_prices(open_tab, price, policy, shown):
     from playwright.sync_api import expect
 
-    page = open_tab(price=price)[0].page
+    page = open_tab(steered=True, price=price)[0].page
     expect(page.locator("#policy")).to_have_value(policy)
     for key, value in shown.items():
         expect(page.locator(f"#{policy}-{key}-exact")).to_have_value(value)
