@@ -52,7 +52,6 @@ setup() {
     done
   fi
   export PATH="$VENV/bin:$PATH"
-  export TRANSFORMERS_VERBOSITY=${TRANSFORMERS_VERBOSITY:-error} # it would miss PyTorch; we do not
   if ! has_tpu; then
     export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu} TPU_SKIP_MDS_QUERY=1
   fi
