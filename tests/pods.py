@@ -43,7 +43,7 @@ def spawn(script: str, count: int, indices=None, port: int | None = None) -> lis
     return children
 
 
-def ended(children: list[subprocess.Popen], within: float = 180.0) -> list[Ended]:
+def ended(children: list[subprocess.Popen], within: float = 60.0) -> list[Ended]:
     """Waits for all; one that does not end is killed and fails the test."""
     end = time.monotonic() + within
     try:
