@@ -6,8 +6,9 @@ One line of JSON: medians in seconds, their ratio to plain generation with its s
 repeats, and how much each way generated. "unchanged" looks at every matrix and changes none;
 "action" forces matrix and choice, "matrix" the matrix alone.
 
-A step of the demo's model takes less than a millisecond, in which fixed costs show. --d_ff adds
-neurons that are computed and read by nobody: the same completions at the cost of a larger model.
+A step of one row of the demo's model takes less than a millisecond, in which fixed costs show.
+--d_ff adds neurons that are computed and read by nobody: the same completions at the cost of a
+larger model.
 """
 
 import argparse
