@@ -127,7 +127,7 @@ def run_grpo(session: Session, policy: Params, checkpoints: Checkpointer) -> Tra
         return train_grpo(
             session.stage("grpo", cfg.steps, checkpoints), fresh, abstract,
             reference, session.train,
-            session.collector(config.rollout, cfg.samples_per_prompt,
+            session.collector(config.rollout, cfg.samples_per_prompt, session.train,
                               config.rollout.micro_batch_prompts),
             model=session.model, cfg=cfg, layout=session.train_layout, dtype=session.dtype,
             rollouts=rollouts, after=after,

@@ -103,7 +103,7 @@ class Bench:
             self.config.rollout, temperature=cfg.temperature, top_k=0, top_p=1.0
         )
         reshard = make_reshard(self.model, self.rollout_layout, self.dtype)
-        return self.collector(sampler, cfg.samples), reshard
+        return self.collector(sampler, cfg.samples, self.test), reshard
 
     def examine(self, params: Params, label: str, directory: Path) -> dict[str, float]:
         """Means over the held-out prompts; the completions go to `directory`/evaluations.jsonl.
@@ -129,10 +129,12 @@ class Bench:
         )
         return means
 
-    def collector(self, sampler: SamplerConfig, samples: int,
+    def collector(self, sampler: SamplerConfig, samples: int, prompts: PromptSet,
                   micro_batch_prompts: int = 0) -> Collector:
+        """What samples and scores batches of `prompts`."""
         return Collector(
-            sample=make_sampler(self.model, sampler, samples, self.stop_ids, self.rollout_layout),
+            sample=make_sampler(self.model, sampler, samples, self.stop_ids, self.rollout_layout,
+                                prompts.common),
             tokenizer=self.tokenizer,
             judge=self.judge,
             reward=self.config.reward,

@@ -1,6 +1,7 @@
 """The programs that the compile command knows are those that a run calls, with what lies beside."""
 
 import collections
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -101,8 +102,8 @@ def test_what_lies_on_a_chip_when_a_program_is_called_is_its_arguments_and_resid
 
     def make_sampler(model, settings, samples, *rest):
         made, prefix = make(model, settings, samples, *rest), "evaluate " * (samples == 1)
-        return type(made)(spying(f"{prefix}prefill", made.prefill),
-                          spying(f"{prefix}decode", made.decode))
+        return dataclasses.replace(made, prefill=spying(f"{prefix}prefill", made.prefill),
+                                   first=spying(f"{prefix}decode", made.first))
 
     monkeypatch.setattr(session_lib, "make_sampler", make_sampler)
     monkeypatch.setattr(collect, "decode", runs.fluent)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tiny
 
-from gtalign_jax.model import forward
+from gtalign_jax.model import decode, forward
 from gtalign_jax.model.sharding import TRAIN, Layout, MeshConfig, make_mesh
 from gtalign_jax.training.logp import completion_logps
 
@@ -35,12 +35,13 @@ def test_cached_decode_equals_the_full_forward_token_by_token():
     prompts_QS, lengths_Q, tokens_QGT = tiny.rows()
     Q, G, T = tokens_QGT.shape
     last_Q, stream_Q = forward.split_prompt(prompts_QS, lengths_Q)
-    cache = forward.prefill(params, tiny.CFG, prompts_QS, stream_Q)
-    k = v = jnp.zeros((2, Q, G, T, 2, 8))
+    cache = decode.prefill(params, tiny.CFG, prompts_QS, stream_Q)
+    k, v = decode.own_caches(tiny.CFG, Q, G, T, jnp.float32)
+    model = decode.ready(params, tiny.CFG, cache, v)
     token_QG = jnp.broadcast_to(last_Q[:, None], (Q, G))
-    step = jax.jit(forward.decode_step, static_argnums=1)
+    step = jax.jit(decode.decode_step, static_argnums=1)
     for t in range(T):
-        hidden, k, v = step(params, tiny.CFG, cache, k, v, token_QG, t)
+        hidden, k, v = step(model, tiny.CFG, cache, k, v, token_QG, t)
         logits_QGV = forward.logits(forward.head_of(params), tiny.CFG, hidden)
         for q in range(Q):
             expected = plain_logits(params, prompts_QS, lengths_Q, tokens_QGT, q, 1)[t]
@@ -55,11 +56,13 @@ def test_rows_out_of_step_are_extended_as_if_each_were_alone():
     prompts_QS, lengths_Q, tokens_QGT = tiny.rows()
     Q, G, T = tokens_QGT.shape
     last_Q, stream_Q = forward.split_prompt(prompts_QS, lengths_Q)
-    cache = forward.prefill(params, tiny.CFG, prompts_QS, stream_Q)
-    k = v = jnp.full((2, Q, G, T, 2, 8), 1e3)
+    cache = decode.prefill(params, tiny.CFG, prompts_QS, stream_Q)
+    k, v = jax.tree.map(lambda x: jnp.full_like(x, 1e3),
+                        decode.own_caches(tiny.CFG, Q, G, T, jnp.float32))
+    model = decode.ready(params, tiny.CFG, cache, v)
     last_QG1 = jnp.broadcast_to(last_Q[:, None, None], (Q, G, 1))
     fed_QGT = np.asarray(jnp.concatenate([last_QG1, tokens_QGT], axis=-1))[:, :, :T]
-    step = jax.jit(forward.extend, static_argnums=1)
+    step = jax.jit(decode.extend, static_argnums=1)
     rng, at_QG, checked = np.random.default_rng(1), np.zeros((Q, G), int), 0
     while (at_QG < T).any():
         F = 4
@@ -68,7 +71,7 @@ def test_rows_out_of_step_are_extended_as_if_each_were_alone():
         for q, g in np.ndindex(Q, G):
             n, t = count_QG[q, g], at_QG[q, g]
             tokens[q, g, :n] = fed_QGT[q, g, t : t + n]
-        hidden, k, v = step(params, tiny.CFG, cache, k, v, tokens, at_QG, count_QG)
+        hidden, k, v = step(model, tiny.CFG, cache, k, v, tokens, at_QG, count_QG)
         logits = forward.logits(forward.head_of(params), tiny.CFG, hidden)
         for q, g in np.ndindex(Q, G):
             n, t = count_QG[q, g], at_QG[q, g]

@@ -14,7 +14,7 @@ from runs import config_of
 
 from gtalign_jax.aot.topology import describe
 from gtalign_jax.config import Config
-from gtalign_jax.model import forward, load
+from gtalign_jax.model import decode, load
 from gtalign_jax.model.sharding import ROLLOUT, TRAIN, Layout, make_mesh, param_shardings
 from gtalign_jax.model.spec import abstract_params
 from gtalign_jax.paper import FITS
@@ -53,11 +53,12 @@ def shardings_of(config: Config, slice_name: str) -> dict:
     S, T = config.data.max_prompt_tokens, config.rollout.max_new_tokens
     state = abstract_state(model, make_optimizer(config.grpo, 1), train)
     adam = state.opt_state[1][0]
-    heads = (model.num_kv_heads, model.head_dim)
+    L, K, H = model.num_layers, model.num_kv_heads, model.head_dim
     arrays = {
-        "prompt cache k, v": ((model.num_layers, Q, S, *heads), forward.PROMPT_CACHE_AXES, dtype),
-        "completion cache k, v":
-            ((model.num_layers, Q, G, T, *heads), forward.OWN_CACHE_AXES, dtype),
+        "prompt cache k": ((L, Q, K, H, S), decode.PROMPT_CACHE_AXES, dtype),
+        "prompt cache v": ((L, Q, K, S, H), decode.PROMPT_CACHE_AXES, dtype),
+        "completion cache k": ((L, Q, G, K, H, T), decode.OWN_CACHE_AXES, dtype),
+        "completion cache v": ((L, Q, G, K, T, H), decode.OWN_CACHE_AXES, dtype),
         "prompts": ((Q, S), ("prompts",), jnp.int32),
         "completions": ((Q, G, T), ("prompts",), jnp.int32),
         "log-probabilities": ((Q, G, T), ("prompts",), jnp.float32),

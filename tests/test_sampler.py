@@ -11,8 +11,9 @@ import tiny
 
 from gtalign_jax.model import forward
 from gtalign_jax.model.sharding import ROLLOUT, Layout, MeshConfig, make_mesh, param_shardings
+from gtalign_jax.rollout.draws import choose
 from gtalign_jax.rollout.filters import Filters
-from gtalign_jax.rollout.sampler import SamplerConfig, choose, make_sampler
+from gtalign_jax.rollout.sampler import SamplerConfig, make_sampler
 from gtalign_jax.training.logp import completion_logps
 
 Q, G, T = 3, 4, 12
@@ -177,7 +178,7 @@ def test_the_compiled_sampler_has_no_host_callback():
     run = make_sampler(tiny.CFG, SamplerConfig(max_new_tokens=T), G, (49,))
     prompts_QS, lengths_Q, _ = tiny.rows()
     cache, last_Q = jax.eval_shape(run.prefill, tiny.params(), prompts_QS, lengths_Q)
-    lowered = run.decode.lower(tiny.params(), cache, last_Q, jnp.arange(Q), KEY)
+    lowered = run.first.lower(tiny.params(), cache, last_Q, jnp.arange(Q), KEY, until=0)
     text = lowered.compile().as_text()
     assert "while" in text
     targets = re.findall(r'custom_call_target="([^"]*)"', text)

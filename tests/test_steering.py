@@ -14,7 +14,8 @@ from gtalign_jax.game import pricing
 from gtalign_jax.game.steering import SteeringConfig, steer
 from gtalign_jax.model import forward
 from gtalign_jax.model.sharding import ROLLOUT, Layout, MeshConfig, make_mesh, param_shardings
-from gtalign_jax.rollout.sampler import SamplerConfig, choose, make_sampler, row_keys, uniform
+from gtalign_jax.rollout.draws import choose, row_keys, uniform
+from gtalign_jax.rollout.sampler import SamplerConfig, make_sampler
 from gtalign_jax.rollout.steering import NO_MATRIX, NOT_ASKED, make_steered
 
 Q, G, T = 4, 4, 256

@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -167,10 +168,11 @@ def programs(config: Config, model: ModelConfig, mesh: Mesh) -> list[Program]:
 
 
 def _program(name: str, stage: str, calls: int, function: Callable, arguments: tuple,
-             resident: Mapping[str, int], **more: Any) -> Program:
-    """The program that `function(*arguments)` is."""
-    return Program(name, stage, calls, lambda: function.lower(*arguments), arguments, resident,
-                   **more)
+             resident: Mapping[str, int], static: Mapping[str, Any] = MappingProxyType({}),
+             **more: Any) -> Program:
+    """The program that `function(*arguments, **static)` is."""
+    return Program(name, stage, calls, lambda: function.lower(*arguments, **static), arguments,
+                   resident, **more)
 
 
 def _initialise(run: _Run) -> Program:
@@ -231,8 +233,10 @@ def _sampling(run: _Run, sampler: Sampler, stage: str, shape: tuple[int, int], c
     return [
         _program(f"{prefix}prefill", stage, calls, sampler.prefill, prompts, resident,
                  work=roofline.prefill_work(run.model, Q, S)),
-        _program(f"{prefix}decode", stage, calls, sampler.decode,
+        # The first size of batches, which is the largest.
+        _program(f"{prefix}decode", stage, calls, sampler.first,
                  (run.sampling, cache, last_Q, here((Q,)), run.key), resident,
+                 {"until": (*sampler.sizes(Q), 0)[1]},
                  work=roofline.decode_work(run.model, Q, G, S, T), loop_steps=T, weights_cut=True),
     ]
 

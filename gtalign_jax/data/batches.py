@@ -52,6 +52,8 @@ class PromptSet:
       token_lists: their token ids.
       dropped: how many had more than max_prompt_tokens.
       pad_to: the width S of every batch: the longest kept prompt, rounded up to 16.
+      common: how many tokens all kept prompts begin with, of the shortest all but the last. In
+        GTAlign that is the instruction, and most of every prompt.
     """
 
     def __init__(
@@ -87,6 +89,7 @@ class PromptSet:
         self.token_lists = tuple(ids for _, ids in kept)
         longest = max(map(len, self.token_lists))
         self.pad_to = -(-longest // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+        self.common = common_prefix(self.token_lists)
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -141,6 +144,14 @@ class PromptSet:
             lengths_Q=lengths_Q,
             index_Q=np.asarray(chosen if index_Q is None else index_Q).astype(np.int32),
         )
+
+
+def common_prefix(rows: Sequence[Sequence[int]]) -> int:
+    """How many ids all rows begin with; at least one less than the shortest has."""
+    # Of all rows, the first and the last in order differ soonest.
+    first, last = min(rows), max(rows)
+    most = min(map(len, rows)) - 1
+    return next((i for i in range(most) if first[i] != last[i]), max(most, 0))
 
 
 def epoch_rows(size: int, stream: Sequence[int], seed: int) -> list[int]:

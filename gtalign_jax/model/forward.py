@@ -1,40 +1,31 @@
-"""The transformer's forward pass, in a few shapes that share one block.
+"""The transformer over whole sequences: training, and the start of generation.
 
-    full_logits       tokens_BT           -> logits_BTV     plain; what everything is tested against
-    prefill           prompts_QS          -> PromptCache    keys and values of each prompt, once
-    decode_step       token_QG + caches   -> hidden_QGD     one token of every row
-    extend            tokens_QGF + caches -> hidden_QGFD    several tokens, of rows out of step
-    shared_hidden     prompts_QS, rows_QGT -> hidden_QGTD   the update: prompt and rows in one pass
+    full_logits    tokens_BT            -> logits_BTV    plain; what everything is tested against
+    common_past    prompts_QS           -> Past          the prefix that all prompts share, once
+    run_prompts    prompts_QS           -> keys and values of each prompt, for generation
+    shared_hidden  prompts_QS, rows_QGT -> hidden_QGTD   the update: prompts and rows in one pass
 
 A group's G completions have one prompt. Its keys and values exist once, `[Q, S, K, H]`; every row
 attends to them and to its own with one softmax over both (design: shared prompt; idea from Prefix
-Grouper, arXiv 2506.05433).
+Grouper, arXiv 2506.05433). Where all prompts begin alike, that prefix is a sequence of its own,
+once per batch shard, and what follows it attends to its keys and values, its `Past`.
 
 The split of a sequence: the prompt stream holds all prompt tokens but the last, a row's stream
 starts with that last token. So the hidden state at row position t predicts completion token t, and
-the prompt stream needs no logits. `lengths_Q` counts the prompt stream.
+the prompt stream needs no logits. `lengths_Q` counts the prompt stream, the prefix included.
 
-Masks come from lengths. Softmax and norms are float32; the rest runs in the dtype of the params
-given (cast once, by the caller). This module samples nothing and knows no text.
+Masks come from lengths. This module samples nothing and knows no text; the block is `block`'s.
 """
 
-import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 
-from gtalign_jax.model.attention import (
-    NEG,
-    Attend,
-    attend_shared,
-    group_attention,
-    padded_width,
-    prompt_mask,
-)
+from gtalign_jax.model.attention import NEG, Attend, group_attention, padded_width
+from gtalign_jax.model.block import cos_sin, finish, qkv, rms_norm
 from gtalign_jax.model.sharding import Layout, gather
 from gtalign_jax.model.spec import Layers, ModelConfig, Params, is_spec, param_specs
 
@@ -55,108 +46,17 @@ def check_remat(name: str) -> None:
         raise ValueError(f"remat={name!r}: expected one of {tuple(REMAT_POLICIES)}")
 
 
-# Logical axes of keys and values: of the prompts, and of the rows' own tokens.
-PROMPT_CACHE_AXES = ("layers", "prompts", None, "act_heads", None)  # LQSKH
-OWN_CACHE_AXES = ("layers", "prompts", None, None, "act_heads", None)  # LQGTKH
-
-
 @struct.dataclass
-class PromptCache:
-    """Keys and values of the prompt stream, `[L, Q, S, K, H]`, and its true length `[Q]`."""
+class Past:
+    """Keys and values of the prefix common to all prompts, `[L, X, P, K, H]`: X batch shards have
+    one copy each."""
 
-    k_LQSKH: jax.Array
-    v_LQSKH: jax.Array
-    lengths_Q: jax.Array
+    k_LXPKH: jax.Array
+    v_LXPKH: jax.Array
 
-
-def rope_frequencies(cfg: ModelConfig) -> tuple[np.ndarray, float]:
-    """Inverse wavelengths `[H/2]` (radians per position) and the factor on cos and sin.
-
-    Scaling kinds: "linear", "llama3" (Llama 3.1 model card), "yarn" (arXiv 2309.00071, §3).
-    """
-    half = cfg.head_dim // 2
-    freq = cfg.rope_theta ** (-np.arange(half, dtype=np.float64) / half)
-    scaling = cfg.rope_scaling
-    if scaling is None:
-        return freq.astype(np.float32), 1.0
-    slow = freq / scaling.factor
-    if scaling.kind == "linear":
-        return slow.astype(np.float32), 1.0
-    if scaling.kind == "llama3":
-        turns = scaling.original_max_position * freq / (2 * np.pi)
-        blend = (turns - scaling.low_freq_factor) / (
-            scaling.high_freq_factor - scaling.low_freq_factor
-        )
-        blend = np.clip(blend, 0.0, 1.0)
-        return (blend * freq + (1 - blend) * slow).astype(np.float32), 1.0
-    if scaling.kind == "yarn":
-        def dimension(turns: float) -> float:
-            ratio = scaling.original_max_position / (turns * 2 * np.pi)
-            return half * np.log(ratio) / np.log(cfg.rope_theta)
-
-        low, high = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
-        if scaling.truncate:
-            low, high = np.floor(low), np.ceil(high)
-        low, high = max(low, 0.0), min(high, 2.0 * half - 1)
-        ramp = np.clip((np.arange(half) - low) / max(high - low, 1e-3), 0.0, 1.0)
-        return (ramp * slow + (1 - ramp) * freq).astype(np.float32), scaling.attention_factor
-    raise ValueError(f"rope_scaling.kind={scaling.kind!r}: expected linear, llama3 or yarn")
-
-
-def _rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotary embedding of `x[..., heads, H]` by cos, sin `[..., 1, H/2]` (rotate-half layout)."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x.dtype)
-
-
-def _cos_sin(cfg: ModelConfig, positions: jax.Array, ndim: int) -> tuple[jax.Array, jax.Array]:
-    """cos and sin for integer `positions`, for an `ndim`-D array `[..., heads, H]`."""
-    freq, factor = rope_frequencies(cfg)
-    angle = positions[..., None].astype(jnp.float32) * jnp.expand_dims(
-        jnp.asarray(freq), tuple(range(positions.ndim))
-    )
-    angle = jnp.expand_dims(angle, -2)
-    angle = jnp.reshape(angle, (1,) * (ndim - angle.ndim) + angle.shape)
-    return factor * jnp.cos(angle), factor * jnp.sin(angle)
-
-
-def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """`x / rms(x) * weight` over the last axis, in float32."""
-    x32 = x.astype(jnp.float32)
-    x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-    scale = jnp.expand_dims(weight, tuple(range(x.ndim - 1)))
-    return x32.astype(x.dtype) * scale
-
-
-def _project(x: jax.Array, w: jax.Array, bias: jax.Array | None) -> jax.Array:
-    """`x[..., D] @ w[D, heads, H] (+ bias)` -> `[..., heads, H]`."""
-    y = jnp.einsum("...D,DNH->...NH", x, w)
-    return y if bias is None else y + jnp.expand_dims(bias, tuple(range(y.ndim - 2)))
-
-
-def _qkv(x: jax.Array, w: Layers, cfg: ModelConfig, cos: jax.Array, sin: jax.Array):
-    """Normalised and rotated queries `[..., K, R, H]`, keys and values `[..., K, H]`."""
-    x = rms_norm(x, w.attn_norm_LD, cfg.norm_eps)
-    q = _project(x, w.q_LDNH, w.q_bias_LNH)
-    k = _project(x, w.k_LDKH, w.k_bias_LKH)
-    v = _project(x, w.v_LDKH, w.v_bias_LKH)
-    if cfg.qk_norm:
-        q = rms_norm(q, w.q_norm_LH, cfg.norm_eps)
-        k = rms_norm(k, w.k_norm_LH, cfg.norm_eps)
-    q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
-    q = q.reshape(*q.shape[:-2], cfg.num_kv_heads, cfg.queries_per_kv, cfg.head_dim)
-    return q * jnp.asarray(1 / math.sqrt(cfg.head_dim), q.dtype), k, v
-
-
-def _finish(x: jax.Array, attended: jax.Array, w: Layers, cfg: ModelConfig) -> jax.Array:
-    """Output projection, residual, and the gated feed-forward."""
-    attended = attended.reshape(*attended.shape[:-3], cfg.num_heads, cfg.head_dim)
-    x = x + jnp.einsum("...NH,NHD->...D", attended, w.o_LNHD)
-    y = rms_norm(x, w.mlp_norm_LD, cfg.norm_eps)
-    gate = jnp.einsum("...D,DF->...F", y, w.gate_LDF)
-    up = jnp.einsum("...D,DF->...F", y, w.up_LDF)
-    return x + jnp.einsum("...F,FD->...D", jax.nn.silu(gate) * up, w.down_LFD)
+    @property
+    def width(self) -> int:
+        return self.k_LXPKH.shape[2]
 
 
 def _embed(params: Params, tokens: jax.Array, layout: Layout | None = None) -> jax.Array:
@@ -204,30 +104,34 @@ def _embed_by_parts(table_VD: jax.Array, tokens_QW: jax.Array, layout: Layout) -
 
 
 def _run(params: Params, cfg: ModelConfig, tokens_QW, positions_QW, attend: Attend,
-         layout: Layout | None, *, emit: Callable = lambda k, v: None, remat: str = "none"):
+         layout: Layout | None, *, past: Past | None = None, emit: Callable = lambda k, v: None,
+         remat: str = "none"):
     """All blocks over groups of W positions; `emit(k, v)` says what is kept of each layer.
 
     Over devices every block gathers its weights, whole, and works on its own prompts and its own
     stretch of the sequence; only attention changes over from stretches to heads, and back. With
     groups of tens of thousands of positions that moves less than cutting the products would.
     """
-    cos, sin = _cos_sin(cfg, positions_QW, 4)
+    cos, sin = cos_sin(cfg, positions_QW, 4)
 
     def pin(x: jax.Array, *axes: str | None) -> jax.Array:
         return x if layout is None else layout.constrain(x, "prompts", *axes)
 
-    def block(x_QWD, w: Layers):
+    def block(x_QWD, xs: tuple[Layers, Past | None]):
+        w, before = xs
         w = w if layout is None else _whole(w, cfg, layout)
-        qkv = _qkv(x_QWD, w, cfg, cos, sin)
+        q_k_v = qkv(x_QWD, w, cfg, cos, sin)
         # By stretches up to here: else XLA would cut the heads in the middle of rotating them.
-        q, k, v = (pin(pin(x, "sequence"), None, "act_heads") for x in qkv)
-        attended = checkpoint_name(pin(attend(q, k, v), None, "act_heads"), "attended")
-        x_QWD = _finish(x_QWD, pin(attended, "sequence"), w, cfg)
+        q, k, v = (pin(pin(x, "sequence"), None, "act_heads") for x in q_k_v)
+        parts = () if before is None else (before.k_LXPKH, before.v_LXPKH)
+        attended = checkpoint_name(pin(attend(q, k, v, *parts), None, "act_heads"), "attended")
+        x_QWD = finish(x_QWD, pin(attended, "sequence"), w, cfg)
         return pin(x_QWD, "sequence"), emit(k, v)
 
     if remat != "none":
         block = jax.checkpoint(block, policy=REMAT_POLICIES[remat])
-    return jax.lax.scan(block, pin(_embed(params, tokens_QW, layout), "sequence"), params.layers)
+    x_QWD = pin(_embed(params, tokens_QW, layout), "sequence")
+    return jax.lax.scan(block, x_QWD, (params.layers, past))
 
 
 def _whole(w: Layers, cfg: ModelConfig, layout: Layout) -> Layers:
@@ -238,21 +142,43 @@ def _whole(w: Layers, cfg: ModelConfig, layout: Layout) -> Layers:
     )
 
 
-def _run_prompts(params: Params, cfg: ModelConfig, tokens_QS, lengths_Q, layout: Layout | None,
-                 emit: Callable = lambda k, v: None):
-    """`_run` over prompts alone, padded to the width that attention wants."""
-    S = tokens_QS.shape[1]
+def run_prompts(params: Params, cfg: ModelConfig, tokens_QS, lengths_Q, layout: Layout | None, *,
+                past: Past | None = None, emit: Callable = lambda k, v: None,
+                remat: str = "none"):
+    """(final `[Q, S, D]`, what was emitted) of prompts alone, without the prefix that is `past`.
+
+    Padded inside to the width that attention wants; `lengths_Q` counts what is real of `tokens_QS`.
+    """
+    S, P = tokens_QS.shape[1], 0 if past is None else past.width
     W = padded_width(S, layout)
     tokens_QW = jnp.pad(tokens_QS, ((0, 0), (0, W - S)))
-    positions_QW = jnp.broadcast_to(jnp.arange(W)[None], tokens_QW.shape)
-    attend = group_attention(S, 0, 0, lengths_Q, layout)
-    x_QWD, kept = _run(params, cfg, tokens_QW, positions_QW, attend, layout, emit=emit)
+    positions_QW = jnp.broadcast_to(P + jnp.arange(W)[None], tokens_QW.shape)
+    attend = group_attention(S, 0, 0, P, lengths_Q, layout)
+    x_QWD, kept = _run(params, cfg, tokens_QW, positions_QW, attend, layout, past=past,
+                       emit=lambda k, v: emit(k[:, :S], v[:, :S]), remat=remat)
     return x_QWD[:, :S], kept
+
+
+def common_past(params: Params, cfg: ModelConfig, tokens_QS, common: int, layout: Layout | None,
+                remat: str = "none") -> Past | None:
+    """Keys and values of the first `common` tokens, which all prompts share; None for 0.
+
+    Every batch shard computes them from its own first prompt, so that nothing travels.
+    """
+    if common == 0:
+        return None
+    Q, S = tokens_QS.shape
+    X = 1 if layout is None or Q % layout.axis_size("prompts") else layout.axis_size("prompts")
+    tokens_XP = tokens_QS.reshape(X, Q // X, S)[:, 0, :common]
+    whole_X = jnp.full(X, common, jnp.int32)
+    _, (k, v) = run_prompts(params, cfg, tokens_XP, whole_X, layout, emit=lambda k, v: (k, v),
+                            remat=remat)
+    return Past(k, v)
 
 
 def full_hidden(params: Params, cfg: ModelConfig, tokens_BT, lengths_B) -> jax.Array:
     """Final hidden states `[B, T, D]` of right-padded rows, the plain way."""
-    x_BTD, _ = _run_prompts(params, cfg, tokens_BT, lengths_B, None)
+    x_BTD, _ = run_prompts(params, cfg, tokens_BT, lengths_B, None)
     return rms_norm(x_BTD, params.final_norm_D, cfg.norm_eps)
 
 
@@ -275,105 +201,29 @@ def logits(head_VD: jax.Array, cfg: ModelConfig, hidden: jax.Array) -> jax.Array
     return jnp.where(jnp.expand_dims(real, tuple(range(out.ndim - 1))), out, NEG)
 
 
-def prefill(params: Params, cfg: ModelConfig, tokens_QS, lengths_Q,
-            layout: Layout | None = None) -> PromptCache:
-    """Keys and values of the prompt stream (all prompt tokens but the last)."""
-    S = tokens_QS.shape[1]
-    _, (k, v) = _run_prompts(
-        params, cfg, tokens_QS, lengths_Q, layout, emit=lambda k, v: (k[:, :S], v[:, :S])
-    )
-    return PromptCache(k, v, lengths_Q)
-
-
-def decode_step(params: Params, cfg: ModelConfig, prompt: PromptCache, k_LQGTKH, v_LQGTKH,
-                token_QG, t) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """One token of every row, written at own-cache position `t` (the same for all rows).
-
-    Returns (final hidden `[Q, G, D]`, the two own caches with position t filled).
-    """
-    positions_QGF = (prompt.lengths_Q + t)[:, None, None]
-    own_mask = jnp.reshape(jnp.arange(k_LQGTKH.shape[3]) <= t, (1, 1, 1, 1, 1, -1))
-
-    def write(cache, new, layer):
-        return jax.lax.dynamic_update_slice(cache, new[None], (layer, 0, 0, t, 0, 0))
-
-    x, k, v = _cached(params, cfg, prompt, k_LQGTKH, v_LQGTKH, token_QG[..., None], positions_QGF,
-                      own_mask, write)
-    return x[:, :, 0], k, v
-
-
-def extend(params: Params, cfg: ModelConfig, prompt: PromptCache, k_LQGTKH, v_LQGTKH, tokens_QGF,
-           start_QG, count_QG) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Some tokens of every row at once, at own-cache positions that differ from row to row.
-
-    Row (q, g) feeds its first `count_QG` tokens at positions start, start + 1, …; the rest of its F
-    writes nothing, and neither does a position past the cache. With F = 1 it is `decode_step` of
-    rows that are not in step.
-
-    Returns (final hidden `[Q, G, F, D]`, the two own caches).
-    """
-    (Q, G, F), T = tokens_QGF.shape, k_LQGTKH.shape[3]
-    at_QGF = start_QG[..., None] + jnp.arange(F)[None, None]
-    own_mask = jnp.arange(T)[None, None, None] <= at_QGF[..., None]
-    to_QGF = jnp.where(jnp.arange(F)[None, None] < count_QG[..., None], at_QGF, T)
-    q_QGF = jnp.broadcast_to(jnp.arange(Q)[:, None, None], (Q, G, F))
-    g_QGF = jnp.broadcast_to(jnp.arange(G)[None, :, None], (Q, G, F))
-
-    def write(cache, new, layer):
-        # Not by vmap: that would turn the whole cache over, and back, for a few positions.
-        where = (jnp.broadcast_to(layer, (Q, G, F)), q_QGF, g_QGF, to_QGF)
-        return cache.at[where].set(new, mode="drop")
-
-    return _cached(params, cfg, prompt, k_LQGTKH, v_LQGTKH, tokens_QGF,
-                   prompt.lengths_Q[:, None, None] + at_QGF, own_mask[:, :, None, None], write)
-
-
-def _cached(params: Params, cfg: ModelConfig, prompt: PromptCache, k_LQGTKH, v_LQGTKH, tokens_QGF,
-            positions_QGF, own_mask, write: Callable) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """All blocks over new tokens of rows whose earlier ones are in the own caches.
-
-    `own_mask` is that of attend_shared; `write(cache, new_QGFKH, layer)` returns the cache with a
-    layer's new keys or values in it.
-    """
-    cos, sin = _cos_sin(cfg, positions_QGF, 5)
-    prompt_mask_QS = prompt_mask(prompt.lengths_Q, prompt.k_LQSKH.shape[2])
-
-    def block(carry, xs):
-        x_QGFD, k_cache, v_cache = carry
-        w, prompt_k, prompt_v, layer = xs
-        q, k, v = _qkv(x_QGFD, w, cfg, cos, sin)
-        # The caches are carried, not scanned over, so that XLA updates them in place.
-        k_cache, v_cache = write(k_cache, k, layer), write(v_cache, v, layer)
-        own_k = jax.lax.dynamic_index_in_dim(k_cache, layer, keepdims=False)
-        own_v = jax.lax.dynamic_index_in_dim(v_cache, layer, keepdims=False)
-        attended = attend_shared(q, prompt_k, prompt_v, own_k, own_v, prompt_mask_QS, own_mask)
-        return (_finish(x_QGFD, attended, w, cfg), k_cache, v_cache), None
-
-    x = jnp.take(params.embed_VD, tokens_QGF, axis=0)
-    xs = (params.layers, prompt.k_LQSKH, prompt.v_LQSKH, jnp.arange(cfg.num_layers))
-    (x, k_LQGTKH, v_LQGTKH), _ = jax.lax.scan(block, (x, k_LQGTKH, v_LQGTKH), xs)
-    return rms_norm(x, params.final_norm_D, cfg.norm_eps), k_LQGTKH, v_LQGTKH
-
-
 def shared_hidden(params: Params, cfg: ModelConfig, tokens_QS, lengths_Q, rows_QGT, *,
-                  remat: str = "none", layout: Layout | None = None) -> jax.Array:
+                  past: Past | None = None, remat: str = "none",
+                  layout: Layout | None = None) -> jax.Array:
     """Final hidden states `[Q, G, T, D]` of rows that share their group's prompt.
 
     Args:
       tokens_QS, lengths_Q: the prompt stream (prompt without its last token), right-padded.
       rows_QGT: last prompt token, then the completion without its last token, right-padded.
+      past: of the prompts' first tokens, from `common_past`; those are not computed again.
       remat: what the backward pass computes anew instead of keeping it, one of REMAT_POLICIES.
     """
+    P = 0 if past is None else past.width
+    tokens_QS = tokens_QS[:, P:]
     (Q, S), (_, G, T) = tokens_QS.shape, rows_QGT.shape
     W = padded_width(S + G * T, layout)
     tokens_QW = jnp.concatenate([tokens_QS, rows_QGT.reshape(Q, G * T)], axis=1)
     row_QT = lengths_Q[:, None] + jnp.arange(T)[None, :]
-    prompt_QS = jnp.broadcast_to(jnp.arange(S)[None], (Q, S))
+    prompt_QS = jnp.broadcast_to(P + jnp.arange(S)[None], (Q, S))
     positions_QW = jnp.concatenate([prompt_QS, jnp.tile(row_QT, (1, G))], axis=1)
     pad = ((0, 0), (0, W - S - G * T))
-    attend = group_attention(S, G, T, lengths_Q, layout)
+    attend = group_attention(S, G, T, P, lengths_Q - P, layout)
     x_QWD, _ = _run(params, cfg, jnp.pad(tokens_QW, pad), jnp.pad(positions_QW, pad), attend,
-                    layout, remat=remat)
+                    layout, past=past, remat=remat)
     rows_QGTD = x_QWD[:, S : S + G * T].reshape(Q, G, T, -1)
     return rms_norm(rows_QGTD, params.final_norm_D, cfg.norm_eps)
 

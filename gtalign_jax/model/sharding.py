@@ -79,8 +79,12 @@ class Layout:
     attention: str = "auto"
 
     @property
+    def platform(self) -> str:
+        return self.mesh.devices.flat[0].platform
+
+    @property
     def is_tpu(self) -> bool:
-        return self.mesh.devices.flat[0].platform == "tpu"
+        return self.platform == "tpu"
 
     @property
     def flash(self) -> bool:

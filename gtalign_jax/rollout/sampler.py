@@ -4,8 +4,9 @@
 
 State before iteration t: `token_QG` is the token at row position t (at t = 0 the prompt's last
 one), the own caches hold positions < t. One iteration feeds it, samples completion token t and
-writes it. The loop ends when every row has T tokens or has ended. It can also be left when rows
-wait at a text, and be taken up again with rows out of step (`rollout.steering`).
+writes it. The loop ends when every row has T tokens or has ended; as rows end it goes on with ever
+smaller batches (`rollout.compaction`). It can also be left when rows wait at a text, and be taken
+up again with rows out of step (`rollout.steering`).
 
 Lengths, never token ids, say what is real: a length counts the stop token, which is trained on.
 A draw depends on (key, prompt index, sample, t) alone, so that any split of the prompts over
@@ -17,14 +18,15 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
-from gtalign_jax.model import forward
-from gtalign_jax.model.forward import PromptCache
+from gtalign_jax.model import decode, forward
+from gtalign_jax.model.decode import Cache, PromptCache
 from gtalign_jax.model.sharding import Layout
 from gtalign_jax.model.spec import ModelConfig, Params
-from gtalign_jax.rollout import filters as filters_lib
+from gtalign_jax.rollout.compaction import Leg, batch_sizes, by_shard, compact, end, whole_groups
+from gtalign_jax.rollout.draws import choose, is_stop, row_keys, uniform
 from gtalign_jax.rollout.filters import Filters
+from gtalign_jax.rollout.state import Rollout, State
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,11 +38,16 @@ class SamplerConfig:
     top_k: int = 0
     top_p: float = 1.0
     micro_batch_prompts: int = 0  # sampled at a time per batch shard, to bound caches; 0: all
+    shrink: float = 0.67  # each compiled batch of live rows to the one before it; 0: one for all
+    smallest: int = 4  # rows of the smallest, per batch shard
 
     def __post_init__(self) -> None:
         """Refuses what has no meaning at once: the sampler is made only after the cold start."""
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens={self.max_new_tokens}: must be >= 1")
+        for key in ("max_new_tokens", "smallest"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key}={getattr(self, key)}: must be >= 1")
+        if not 0 <= self.shrink < 1:
+            raise ValueError(f"shrink={self.shrink}: must be in [0, 1) (0 turns it off)")
         Filters(self.temperature, self.top_k, self.top_p)
 
     @property
@@ -48,94 +55,11 @@ class SamplerConfig:
         return Filters(self.temperature, self.top_k, self.top_p)
 
 
-@struct.dataclass
-class Rollout:
-    """What was sampled.
-
-    tokens_QGT: completion ids; what lies past a row's length is 0 and means nothing.
-    logp_QGT: log-probability of each token under the distribution it was drawn from; 0 past it.
-    lengths_QG: number of completion tokens, the stop token included.
-    stopped_QG: the row ended by a stop token (otherwise it was cut at the limit).
-    slots: row positions computed, those of finished rows too: iterations times Q G.
-    """
-
-    tokens_QGT: jax.Array
-    logp_QGT: jax.Array
-    lengths_QG: jax.Array
-    stopped_QG: jax.Array
-    slots: jax.Array
-
-
-@struct.dataclass
-class State:
-    """Between two tokens.
-
-    t: the position to feed next, one number where all rows are in step, else `[Q, G]`.
-    token_QG: the token to feed there. done_QG: nothing more is drawn for the row, for now.
-    seen_QG: how much of the text that rows wait at each has just written (`rollout.stopping`).
-    """
-
-    t: jax.Array
-    token_QG: jax.Array
-    done_QG: jax.Array
-    seen_QG: jax.Array
-    k_LQGTKH: jax.Array
-    v_LQGTKH: jax.Array
-    rollout: Rollout
-
-
-def draw(logits_QGV: jax.Array, uniform_QG: jax.Array) -> jax.Array:
-    """Inverse-CDF sampling: one uniform number per row instead of V Gumbels."""
-    weights = jnp.exp(logits_QGV - logits_QGV.max(axis=-1, keepdims=True))
-    mass = jnp.cumsum(weights, axis=-1)
-    # A parallel sum is not monotone: it may rise by a rounding error at a token without mass, which
-    # must not be drawn for that, and its last entry need not be its largest.
-    mass = jnp.where(weights > 0, mass, 0.0)
-    above = mass > (uniform_QG * mass.max(axis=-1))[..., None]
-    return jnp.argmax(above, axis=-1).astype(jnp.int32)
-
-
-def row_keys(key: jax.Array, index_Q: jax.Array, G: int) -> jax.Array:
-    """One key per row, from (key, prompt index, sample)."""
-    keys_Q = jax.vmap(lambda q: jax.random.fold_in(key, q))(index_Q)
-    return jax.vmap(
-        lambda k: jax.vmap(lambda g: jax.random.fold_in(k, g))(jnp.arange(G))
-    )(keys_Q)
-
-
-def uniform(keys_QG: jax.Array, t: jax.Array) -> jax.Array:
-    """A uniform number in [0, 1) per row for position t, one for all rows or one for each."""
-    draw_one = lambda key, t: jax.random.uniform(jax.random.fold_in(key, t))  # noqa: E731
-    return jax.vmap(jax.vmap(draw_one))(keys_QG, jnp.broadcast_to(t, keys_QG.shape))
-
-
-def choose(logits_QGV: jax.Array, filters: Filters, uniform_QG: jax.Array):
-    """(token `[Q, G]`, its log-probability `[Q, G]`) under the filtered distribution."""
-    logits_QGV = filters_lib.apply(logits_QGV, filters)
-    if filters.temperature == 0:
-        token_QG = jnp.argmax(logits_QGV, axis=-1).astype(jnp.int32)
-    else:
-        token_QG = draw(logits_QGV, uniform_QG)
-    picked = jnp.take_along_axis(logits_QGV, token_QG[..., None], axis=-1)[..., 0]
-    return token_QG, picked - jax.nn.logsumexp(logits_QGV, axis=-1)
-
-
-def is_stop(token_QG: jax.Array, stop_ids: tuple[int, ...]) -> jax.Array:
-    stop = jnp.zeros(token_QG.shape, bool)
-    for stop_id in stop_ids:
-        stop |= token_QG == stop_id
-    return stop
-
-
 def start(cfg: ModelConfig, prompt: PromptCache, last_Q, G: int, T: int,
           layout: Layout | None) -> State:
     """The state before the first token."""
     Q = last_Q.shape[0]
-    cache = jnp.zeros(
-        (cfg.num_layers, Q, G, T, cfg.num_kv_heads, cfg.head_dim), prompt.k_LQSKH.dtype
-    )
-    if layout is not None:
-        cache = layout.constrain(cache, *forward.OWN_CACHE_AXES)
+    keys, values = decode.own_caches(cfg, Q, G, T, prompt.v_LQKSH.dtype, layout)
     rollout = Rollout(
         tokens_QGT=jnp.zeros((Q, G, T), jnp.int32),
         logp_QGT=jnp.zeros((Q, G, T), jnp.float32),
@@ -145,7 +69,7 @@ def start(cfg: ModelConfig, prompt: PromptCache, last_Q, G: int, T: int,
     )
     token_QG = jnp.broadcast_to(last_Q[:, None], (Q, G)).astype(jnp.int32)
     return State(jnp.zeros((), jnp.int32), token_QG, jnp.zeros((Q, G), bool),
-                 jnp.zeros((Q, G), jnp.int32), cache, cache, rollout)
+                 jnp.zeros((Q, G), jnp.int32), keys, values, rollout)
 
 
 def _record(rollout: Rollout, t, token_QG, logp_QG, live_QG, stop_QG) -> Rollout:
@@ -167,23 +91,26 @@ def _record(rollout: Rollout, t, token_QG, logp_QG, live_QG, stop_QG) -> Rollout
 
 
 def run(params: Params, cfg: ModelConfig, prompt: PromptCache, state: State, keys_QG: jax.Array,
-        filters: Filters, stop_ids: tuple[int, ...], table_VN: jax.Array | None = None) -> State:
+        filters: Filters, stop_ids: tuple[int, ...], table_VN: jax.Array | None = None, *,
+        until: int = 0, shards: int = 1) -> State:
     """Draws until every row is done: it drew a stop token, is at the limit T, or waits.
 
     With `table_VN` (of `stopping.stop_table`) a row waits as soon as it has written the table's
-    texts. Rows in step, as all are at first, share one position; otherwise each has its own.
+    texts. Rows in step, as all are at first, share one position; otherwise each has its own. With
+    `until` it ends sooner: when no more than so many rows of any of the `shards` live.
     """
     T, in_step = state.rollout.tokens_QGT.shape[2], state.t.ndim == 0
+    model = decode.ready(params, cfg, prompt, state.values)
 
     def step(state: State) -> State:
-        caches, live_QG = (state.k_LQGTKH, state.v_LQGTKH), ~state.done_QG
+        caches, live_QG = (state.keys, state.values), ~state.done_QG
         if in_step:
-            hidden_QGD, k, v = forward.decode_step(
-                params, cfg, prompt, *caches, state.token_QG, state.t
+            hidden_QGD, k, v = decode.decode_step(
+                model, cfg, prompt, *caches, state.token_QG, state.t
             )
         else:
-            hidden_QG1D, k, v = forward.extend(
-                params, cfg, prompt, *caches, state.token_QG[..., None], state.t,
+            hidden_QG1D, k, v = decode.extend(
+                model, cfg, prompt, *caches, state.token_QG[..., None], state.t,
                 live_QG.astype(jnp.int32),
             )
             hidden_QGD = hidden_QG1D[:, :, 0]
@@ -198,19 +125,30 @@ def run(params: Params, cfg: ModelConfig, prompt: PromptCache, state: State, key
         return State(state.t + 1, jnp.where(live_QG, token_QG, state.token_QG),
                      state.done_QG | done_QG, seen_QG, k, v, rollout)
 
-    return jax.lax.while_loop(lambda state: ~jnp.all(state.done_QG), step, state)
+    def unfinished(state: State) -> jax.Array:
+        return by_shard(~state.done_QG, shards).sum(axis=1).max() > until
+
+    return jax.lax.while_loop(unfinished, step, state)
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """The two jitted programs of a rollout, made once; calling it runs one after the other.
+    """The jitted programs of a rollout, made once; calling it runs them in turn.
 
     prefill(params, tokens_QS, lengths_Q) -> (PromptCache, last token of each prompt `[Q]`)
-    decode(params, cache, last_Q, index_Q, key) -> Rollout
+    first(params, cache, last_Q, index_Q, key, until=rows) -> (Leg, own caches, Rollout)
+    next(params, Leg, caches, size=rows, until=rows) -> the same; takes the caches over
+
+    Each goes on `until` no more rows of any shard live; `size` is the number of rows that it
+    decodes. Every size is a program of its own, compiled when a rollout first gets there.
     """
 
+    config: SamplerConfig
+    samples: int
+    shards: int
     prefill: Callable[..., tuple[PromptCache, jax.Array]]
-    decode: Callable[..., Rollout]
+    first: Callable[..., tuple[Leg, tuple[Cache, Cache], Rollout]]
+    next: Callable[..., tuple[Leg, tuple[Cache, Cache], Rollout]]
 
     def __call__(self, params: Params, tokens_QS, lengths_Q, index_Q, key) -> Rollout:
         """Completions of whole, right-padded prompts.
@@ -221,30 +159,63 @@ class Sampler:
         cache, last_Q = self.prefill(params, tokens_QS, lengths_Q)
         return self.decode(params, cache, last_Q, index_Q, key)
 
+    def sizes(self, prompts: int) -> tuple[int, ...]:
+        """Rows per batch shard that are decoded at a time, largest first."""
+        rows = prompts * self.samples // (1 if prompts % self.shards else self.shards)
+        return batch_sizes(rows, self.config.shrink, self.config.smallest)
+
+    def decode(self, params: Params, cache: PromptCache, last_Q, index_Q, key) -> Rollout:
+        """Completions after the prompts in `cache`, in ever smaller batches."""
+        sizes = (*self.sizes(len(last_Q)), 0)
+        leg, caches, rollout = self.first(params, cache, last_Q, index_Q, key, until=sizes[1])
+        for size, until in zip(sizes[1:], sizes[2:], strict=False):
+            if not leg.going:
+                break
+            leg, caches, rollout = self.next(params, leg, caches, size=size, until=until)
+        return rollout
+
 
 def make_sampler(cfg: ModelConfig, sampler: SamplerConfig, samples: int,
-                 stop_ids: tuple[int, ...], layout: Layout | None = None) -> Sampler:
+                 stop_ids: tuple[int, ...], layout: Layout | None = None,
+                 common: int = 0) -> Sampler:
     """The sampler of `samples` (G) completions per prompt.
 
     Args:
       sampler: limits and filters; all static.
       stop_ids: ids that end a row; at least one.
+      common: how many tokens all prompts begin with, fewer than any has; computed and kept once.
     """
     if not stop_ids:
         raise ValueError("stop_ids is empty: a row could only end by running out of tokens")
-    T, filters = sampler.max_new_tokens, sampler.filters
+    shards = 1 if layout is None else layout.axis_size("prompts")
 
     def prefill(params: Params, tokens_QS, lengths_Q) -> tuple[PromptCache, jax.Array]:
         last_Q, stream_lengths_Q = forward.split_prompt(tokens_QS, lengths_Q)
-        return forward.prefill(params, cfg, tokens_QS, stream_lengths_Q, layout), last_Q
+        return decode.prefill(params, cfg, tokens_QS, stream_lengths_Q, layout, common), last_Q
 
-    def decode(params: Params, prompt: PromptCache, last_Q, index_Q, key) -> Rollout:
-        keys_QG = row_keys(key, index_Q, samples)
-        state = start(cfg, prompt, last_Q, samples, T, layout)
-        return run(params, cfg, prompt, state, keys_QG, filters, stop_ids).rollout
+    def go_on(params: Params, leg: Leg, until: int):
+        state = run(params, cfg, leg.prompt, leg.state, leg.keys_QG, sampler.filters, stop_ids,
+                    until=until, shards=leg.rows_XB.shape[0])
+        leg, caches = end(leg, state)
+        return leg, caches, whole_groups(leg.whole, samples)
+
+    def first(params: Params, prompt: PromptCache, last_Q, index_Q, key, *, until: int):
+        Q = len(last_Q)
+        X = 1 if Q % shards else shards
+        state = start(cfg, prompt, last_Q, samples, sampler.max_new_tokens, layout)
+        rows_XB = jnp.broadcast_to(jnp.arange(Q * samples // X)[None], (X, Q * samples // X))
+        leg = Leg(prompt, state, row_keys(key, index_Q, samples), rows_XB, None, jnp.array(True))
+        return go_on(params, leg, until)
+
+    def smaller(params: Params, leg: Leg, caches: tuple[Cache, Cache], *, size: int, until: int):
+        return go_on(params, compact(leg, caches, size), until)
 
     where = None
     if layout is not None:
-        keys, prompts = layout.sharding(*forward.PROMPT_CACHE_AXES), layout.sharding("prompts")
-        where = (PromptCache(keys, keys, prompts), prompts)
-    return Sampler(jax.jit(prefill, out_shardings=where), jax.jit(decode))
+        keys, prompts = layout.sharding(*decode.PROMPT_CACHE_AXES), layout.sharding("prompts")
+        where = (PromptCache(keys, keys, prompts, (keys, keys) if common else None), prompts)
+    return Sampler(
+        sampler, samples, shards, jax.jit(prefill, out_shardings=where),
+        jax.jit(first, static_argnames="until"),
+        jax.jit(smaller, static_argnames=("size", "until"), donate_argnames="caches"),
+    )

@@ -26,12 +26,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from gtalign_jax.model import forward
-from gtalign_jax.model.forward import PromptCache
+from gtalign_jax.model import decode, forward
+from gtalign_jax.model.decode import Cache, PromptCache
 from gtalign_jax.model.sharding import Layout
 from gtalign_jax.model.spec import ModelConfig, Params, abstract_params
 from gtalign_jax.rollout import filters
-from gtalign_jax.rollout.sampler import draw, is_stop, row_keys, uniform
+from gtalign_jax.rollout.draws import draw, greedy, is_stop, row_keys, uniform
 
 PROMPT_WIDTHS = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)  # of the longest prompt
 FORCED_WIDTHS = (1 / 8, 1 / 4, 1 / 2, 1)  # of the longest completion
@@ -99,8 +99,8 @@ class Slots:
     """
 
     prompt: PromptCache
-    k_LQGTKH: jax.Array
-    v_LQGTKH: jax.Array
+    keys: Cache
+    values: Cache
     key_B: jax.Array
     token_B: jax.Array
     length_B: jax.Array
@@ -159,7 +159,7 @@ def make_slots(cfg: ModelConfig, config: SlotsConfig, stop_ids: tuple[int, ...],
         )
 
     def empty(params: Params) -> Slots:
-        return _empty(cfg, config, params.embed_VD.dtype)
+        return _empty(cfg, config, params.embed_VD.dtype, layout)
 
     def admit(params: Params, slots: Slots, row, tokens_QS, length_Q, how: Settings) -> Slots:
         return _admit(params, cfg, layout, slots, row, tokens_QS, length_Q, how)
@@ -172,9 +172,11 @@ def make_slots(cfg: ModelConfig, config: SlotsConfig, stop_ids: tuple[int, ...],
             n, slots, _ = carry
             return (n < config.burst) & jnp.any(slots.live_B)
 
+        model = decode.ready(params, cfg, slots.prompt, slots.values)
+
         def step(carry):
             n, slots, news = carry
-            return n + 1, *_step(params, cfg, stop_ids, table_VA, n, slots, news)
+            return n + 1, *_step(model, cfg, stop_ids, table_VA, n, slots, news)
 
         start = (jnp.zeros((), jnp.int32), slots, _no_news(config))
         _, slots, news = jax.lax.while_loop(unfinished, step, start)
@@ -195,14 +197,14 @@ def make_slots(cfg: ModelConfig, config: SlotsConfig, stop_ids: tuple[int, ...],
     )
 
 
-def _empty(cfg: ModelConfig, config: SlotsConfig, dtype) -> Slots:
+def _empty(cfg: ModelConfig, config: SlotsConfig, dtype, layout: Layout | None) -> Slots:
     B, S, T = config.slots, config.prompt_tokens, config.new_tokens
     zeros = lambda dtype, *shape: jnp.zeros((*shape, B), dtype)  # noqa: E731
-    heads = (cfg.num_kv_heads, cfg.head_dim)
-    prompt = lambda: jnp.zeros((cfg.num_layers, B, S, *heads), dtype)  # noqa: E731
-    own = lambda: jnp.zeros((cfg.num_layers, B, 1, T, *heads), dtype)  # noqa: E731
+    K, H = cfg.num_kv_heads, cfg.head_dim
+    prompt = lambda *shape: jnp.zeros((cfg.num_layers, B, K, *shape), dtype)  # noqa: E731
     return Slots(
-        PromptCache(prompt(), prompt(), zeros(jnp.int32)), own(), own(),
+        PromptCache(prompt(H, S), prompt(S, H), zeros(jnp.int32)),
+        *decode.own_caches(cfg, B, 1, T, dtype, layout),
         key_B=jax.random.split(jax.random.key(0), B), token_B=zeros(jnp.int32),
         length_B=zeros(jnp.int32), limit_B=zeros(jnp.int32), temperature_B=zeros(jnp.float32),
         top_p_B=zeros(jnp.float32), seen_B=zeros(jnp.int8), pause_B=zeros(bool),
@@ -214,12 +216,14 @@ def _shardings(cfg: ModelConfig, config: SlotsConfig, layout: Layout | None):
     """Where slots lie: caches by rows and heads, everything else whole on every device."""
     if layout is None:
         return None
-    shapes = jax.eval_shape(lambda p: _empty(cfg, config, p.embed_VD.dtype), abstract_params(cfg))
+    shapes = jax.eval_shape(lambda p: _empty(cfg, config, p.embed_VD.dtype, layout),
+                            abstract_params(cfg))
     prompt, own = (layout.sharding(*axes) for axes in
-                   (forward.PROMPT_CACHE_AXES, forward.OWN_CACHE_AXES))
+                   (decode.PROMPT_CACHE_AXES, decode.OWN_CACHE_AXES))
     whole = jax.tree.map(lambda _: layout.sharding(), shapes)
     return whole.replace(prompt=PromptCache(prompt, prompt, layout.sharding()),
-                         k_LQGTKH=own, v_LQGTKH=own)
+                         keys=jax.tree.map(lambda _: own, shapes.keys),
+                         values=jax.tree.map(lambda _: own, shapes.values))
 
 
 def _admit(params: Params, cfg: ModelConfig, layout: Layout | None, slots: Slots, row, tokens_QS,
@@ -228,14 +232,14 @@ def _admit(params: Params, cfg: ModelConfig, layout: Layout | None, slots: Slots
     last_Q, stream_Q = forward.split_prompt(tokens_QS, length_Q)
     # Where a mesh cuts rows, each part of it reads the prompt: one part alone would be no faster.
     parts = 1 if layout is None else layout.axis_size("prompts")
-    new = forward.prefill(params, cfg, jnp.tile(tokens_QS, (parts, 1)), jnp.tile(stream_Q, parts),
+    new = decode.prefill(params, cfg, jnp.tile(tokens_QS, (parts, 1)), jnp.tile(stream_Q, parts),
                           layout)
     put = lambda cache, new: jax.lax.dynamic_update_slice(  # noqa: E731
         cache, new[:, :1], (0, row, 0, 0, 0)
     )
     return slots.replace(
         prompt=PromptCache(
-            put(slots.prompt.k_LQSKH, new.k_LQSKH), put(slots.prompt.v_LQSKH, new.v_LQSKH),
+            put(slots.prompt.k_LQKHS, new.k_LQKHS), put(slots.prompt.v_LQKSH, new.v_LQKSH),
             slots.prompt.lengths_Q.at[row].set(stream_Q[0]),
         ),
         key_B=slots.key_B.at[row].set(
@@ -258,19 +262,19 @@ def _no_news(config: SlotsConfig) -> News:
                 jnp.zeros(config.slots, jnp.int32), none_B, none_B, none_B)
 
 
-def _step(params: Params, cfg: ModelConfig, stop_ids: tuple[int, ...], table_VA, n, slots: Slots,
-          news: News) -> tuple[Slots, News]:
+def _step(model: decode.Model, cfg: ModelConfig, stop_ids: tuple[int, ...], table_VA, n,
+          slots: Slots, news: News) -> tuple[Slots, News]:
     """One token of every live row; the n-th of this run."""
     live_B = slots.live_B
-    hidden_QGFD, k, v = forward.extend(
-        params, cfg, slots.prompt, slots.k_LQGTKH, slots.v_LQGTKH, slots.token_B[:, None, None],
+    hidden_QGFD, k, v = decode.extend(
+        model, cfg, slots.prompt, slots.keys, slots.values, slots.token_B[:, None, None],
         slots.length_B[:, None], live_B[:, None].astype(jnp.int32),
     )
-    logits_BV = forward.logits(forward.head_of(params), cfg, hidden_QGFD[:, 0, 0])
+    logits_BV = forward.logits(forward.head_of(model.params), cfg, hidden_QGFD[:, 0, 0])
     logits_BV = filters.apply_rows(logits_BV, slots.temperature_B, slots.top_p_B)
     uniform_B = uniform(slots.key_B[:, None], slots.length_B[:, None])[:, 0]
-    new_B = jnp.where(slots.temperature_B == 0, jnp.argmax(logits_BV, axis=-1).astype(jnp.int32),
-                      draw(logits_BV, uniform_B))
+    weights_BV = jnp.exp(logits_BV - logits_BV.max(axis=-1, keepdims=True))
+    new_B = jnp.where(slots.temperature_B == 0, greedy(logits_BV), draw(weights_BV, uniform_B))
 
     token_B = jnp.where(live_B, new_B, slots.token_B)
     length_B = slots.length_B + live_B.astype(jnp.int32)
@@ -280,7 +284,7 @@ def _step(params: Params, cfg: ModelConfig, stop_ids: tuple[int, ...], table_VA,
     paused_B = live_B & ~stopped_B & slots.pause_B & (seen_B == table_VA.shape[1] - 1)
     ended_B = stopped_B | (length_B >= slots.limit_B)
     slots = slots.replace(
-        k_LQGTKH=k, v_LQGTKH=v, token_B=token_B, length_B=length_B, seen_B=seen_B,
+        keys=k, values=v, token_B=token_B, length_B=length_B, seen_B=seen_B,
         live_B=live_B & ~ended_B & ~paused_B,
     )
     return slots, News(
@@ -297,14 +301,16 @@ def _splice(params: Params, cfg: ModelConfig, slots: Slots, row, tokens_F, start
     """One row alone is fed: the others wait no longer than for a step that is a little wider."""
     take = lambda x, axis: jax.lax.dynamic_slice_in_dim(x, row, 1, axis)  # noqa: E731
     put = lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, row, 1)  # noqa: E731
-    prompt = PromptCache(take(slots.prompt.k_LQSKH, 1), take(slots.prompt.v_LQSKH, 1),
+    own = lambda caches: tuple(take(cache, 1) for cache in caches)  # noqa: E731
+    prompt = PromptCache(take(slots.prompt.k_LQKHS, 1), take(slots.prompt.v_LQKSH, 1),
                          take(slots.prompt.lengths_Q, 0))
-    _, k, v = forward.extend(
-        params, cfg, prompt, take(slots.k_LQGTKH, 1), take(slots.v_LQGTKH, 1),
+    _, k, v = decode.extend(
+        decode.ready(params, cfg, prompt, slots.values), cfg, prompt, own(slots.keys),
+        own(slots.values),
         tokens_F[None, None], start[None, None], count[None, None],
     )
     return slots.replace(
-        k_LQGTKH=put(slots.k_LQGTKH, k), v_LQGTKH=put(slots.v_LQGTKH, v),
+        keys=tuple(map(put, slots.keys, k)), values=tuple(map(put, slots.values, v)),
         token_B=slots.token_B.at[row].set(tokens_F[count]),
         length_B=slots.length_B.at[row].set(start + count),
         pause_B=slots.pause_B.at[row].set(False),

@@ -20,12 +20,14 @@ import numpy as np
 
 from gtalign_jax.data.chat import token_pieces
 from gtalign_jax.game.steering import SteeringConfig
-from gtalign_jax.model import forward
-from gtalign_jax.model.forward import PromptCache
+from gtalign_jax.model import decode
+from gtalign_jax.model.decode import PromptCache
 from gtalign_jax.rollout import sampler as sampler_lib
+from gtalign_jax.rollout.draws import row_keys
 from gtalign_jax.rollout.player import Player
-from gtalign_jax.rollout.sampler import Rollout, SamplerConfig, State, make_sampler, row_keys
+from gtalign_jax.rollout.sampler import SamplerConfig, make_sampler
 from gtalign_jax.rollout.splice import MATRIX, Outcome, Splice, plan
+from gtalign_jax.rollout.state import Rollout, State
 from gtalign_jax.rollout.stopping import stop_table
 
 NO_MATRIX = f"no {'…'.join(MATRIX)}: the completion ended before its matrix did"
@@ -77,7 +79,7 @@ class SteeredSampler:
         params = self.player.params
         cache, last_Q = self.prefill(params, tokens_QS, lengths_Q)
         state = self.until(params, cache, last_Q, index_Q, key)
-        before = jax.device_get(state.replace(k_LQGTKH=None, v_LQGTKH=None))
+        before = jax.device_get(state.replace(keys=None, values=None))
         Q, G = before.token_QG.shape
         if isinstance(configs, SteeringConfig):
             configs = [configs] * Q
@@ -86,15 +88,15 @@ class SteeredSampler:
         outcomes = tuple(splice.outcome for splice in splices)
         if after.done_QG.all():
             return SteeredRollout(after.rollout, forced_QGT, outcomes)
-        caches = (state.k_LQGTKH, state.v_LQGTKH)
+        caches = (state.keys, state.values)
         if forced_QGT.any():
             caches = self.extend(params, cache, *caches, *_feed(after, jax.device_get(last_Q),
                                                                 splices))
         placed = jax.tree.map(
             lambda new, like: jax.device_put(new, like.sharding), after,
-            state.replace(t=state.token_QG, k_LQGTKH=None, v_LQGTKH=None),
+            state.replace(t=state.token_QG, keys=None, values=None),
         )
-        state = placed.replace(k_LQGTKH=caches[0], v_LQGTKH=caches[1])
+        state = placed.replace(keys=caches[0], values=caches[1])
         ended = self.finish(params, cache, state, index_Q, key)
         return SteeredRollout(jax.device_get(ended.rollout), forced_QGT, outcomes)
 
@@ -159,7 +161,8 @@ def make_steered(player: Player, sampler: SamplerConfig, samples: int) -> Steere
                                jnp.asarray(table_VN))
 
     def extend(params, cache: PromptCache, k, v, feed_QGF, start_QG, count_QG):
-        _, k, v = forward.extend(params, cfg, cache, k, v, feed_QGF, start_QG, count_QG)
+        model = decode.ready(params, cfg, cache, v)
+        _, k, v = decode.extend(model, cfg, cache, k, v, feed_QGF, start_QG, count_QG)
         return k, v
 
     def finish(params, cache: PromptCache, state: State, index_Q, key) -> State:

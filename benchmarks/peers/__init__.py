@@ -1,0 +1,1 @@
+"""What users would pick instead: Hugging Face, TRL and Tunix, on the shapes of our benchmarks."""
