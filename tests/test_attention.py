@@ -78,7 +78,7 @@ def test_flash_attention_is_dense_attention_with_its_gradients(S, G, T):
     assert W % attention.LANES == 0 and W > S + G * T
 
     def run(kind: str, width: int):
-        attend = attention.group_attention(S, G, T, lengths_Q, layout(kind))
+        attend = attention.group_attention(S, G, T, 0, lengths_Q, layout(kind))
         total = lambda *qkv: (attend(*qkv) * cotangent[:, :width]).sum()  # noqa: E731
         args = [x[:, :width] for x in (q, k, v)]
         return jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2)))(*args)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from gtalign_jax.model.attention import NEG
+from gtalign_jax.model.attend_dense import NEG
 
 SMALLEST_BLOCK = 128  # positions of the own caches that are read at a time,
 MOST_BLOCKS = 8  # or more, so that they are not read in more blocks than this

@@ -8,8 +8,7 @@ A prompt position attends to the past and to the prompt before it; a row positio
 whole prompt and its own row before it. With G = 0 this is causal attention. The past, a prefix
 common to all groups, is given as keys and values; no position of it is computed here.
 
-    dense    matrix products and one softmax, a bounded number of scores at a time; what every test
-             compares with
+    dense    matrix products (`attend_dense`); what every test compares with
     flash    JAX's Pallas splash-attention kernel with that structure as its mask: blocks that
              nobody sees are skipped, no scores are stored, memory does not grow with S T
 
@@ -26,13 +25,12 @@ import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 
+from gtalign_jax.model import attend_dense
+from gtalign_jax.model.attend_dense import Before, Rows, attend
 from gtalign_jax.model.sharding import Layout
 
-NEG = -1e30  # a masked score: finite, so that a row with nothing to attend to stays finite
 LANES = 128  # what the kernel's blocks are multiples of
 WIDE_BLOCK = 512  # block of long sequences: fewer, fuller matrix products
-
-SCORES = 2**21  # of dense attention, at a time: 8 MB stay in a CPU's cache; more is not faster
 
 Attend = Callable[..., jax.Array]
 
@@ -40,10 +38,6 @@ Attend = Callable[..., jax.Array]
 def prompt_mask(lengths_Q: jax.Array, S: int) -> jax.Array:
     """True where a prompt position is real, `[Q, S]`."""
     return jnp.arange(S)[None, :] < lengths_Q[:, None]
-
-
-def causal(T: int) -> jax.Array:
-    return jnp.arange(T)[:, None] >= jnp.arange(T)[None, :]
 
 
 def padded_width(W: int, layout: Layout | None) -> int:
@@ -67,9 +61,10 @@ def group_attention(S: int, G: int, T: int, P: int, lengths_Q: jax.Array,
     own length is the caller's to ignore. On a TPU's mesh it is the kernel, elsewhere dense.
     """
     flash = layout is not None and layout.flash
-    local = functools.partial(_flash if flash else _dense, S=S, G=G, T=T, P=P)
-    if flash:
-        local = functools.partial(local, interpret=not layout.is_tpu)
+    platform = jax.default_backend() if layout is None else layout.platform
+    more = {"interpret": platform != "tpu"} if flash else {
+        "scores": attend_dense.SCORES.get(platform, attend_dense.MANY_SCORES)}
+    local = functools.partial(_flash if flash else _dense, S=S, G=G, T=T, P=P, **more)
     if layout is None or lengths_Q.shape[0] % layout.axis_size("prompts"):
         return lambda *qkv: local(lengths_Q, *qkv)
     # By hand on every device's share: prompts and key/value heads are cut, sequences whole.
@@ -84,104 +79,19 @@ def group_attention(S: int, G: int, T: int, P: int, lengths_Q: jax.Array,
 
 
 def _dense(lengths_Q, q_QWKRH, k_QWKH, v_QWKH, past_k_XPKH=None, past_v_XPKH=None, *, S: int,
-           G: int, T: int, P: int) -> jax.Array:
-    """Prompts first, then rows; each as many at a time as SCORES allows, and computed anew in the
-    backward pass if it is not all of them."""
-    Q, _, K, R, _ = q_QWKRH.shape
-    past = None if P == 0 else (past_k_XPKH[0], past_v_XPKH[0])
-    mask_QS = prompt_mask(lengths_Q, S)
-    prompts = tuple(x[:, :S] for x in (k_QWKH, v_QWKH))
-    out = _in_pieces(
-        functools.partial(_attend_prompt, past), SCORES // max(K * R * S * (P + S), 1),
-        (q_QWKRH[:, :S], *prompts, mask_QS),
-    )
+           G: int, T: int, P: int, scores: int) -> jax.Array:
+    """Prompts first, each a row with nothing but the past before it; then the rows."""
+    (Q, _, K, _, H), dtype = q_QWKRH.shape, k_QWKH.dtype
+    past = (jnp.zeros((0, K, H), dtype),) * 2 if P == 0 else (past_k_XPKH[0], past_v_XPKH[0])
+    everything = (q_QWKRH, k_QWKH, v_QWKH)
+    prompts = Rows(*(x[:, None, :S] for x in everything))
+    nothing = (jnp.zeros((Q, 0, K, H), dtype),) * 2
+    out = attend(prompts, Before(*past, *nothing, jnp.zeros_like(lengths_Q)), scores)[:, 0]
     if G == 0:
         return out
-    rows = tuple(x[:, S:].reshape(Q, G, T, *x.shape[2:]) for x in (q_QWKRH, k_QWKH, v_QWKH))
-    at_once = SCORES // max(K * R * T * (P + S + T), 1)
-
-    if at_once >= G:
-        attend = lambda q, k, v, *prompt: _attend_rows(past, prompt, (q, k, v))  # noqa: E731
-        own = _in_pieces(attend, at_once // G, (*rows, *prompts, mask_QS))
-    else:
-        def group(xs):
-            prompt = tuple(x[None] for x in xs[3:])
-            row = lambda *xs: _attend_rows(past, prompt, tuple(x[None] for x in xs))[0]  # noqa: E731
-            return _in_pieces(row, at_once, xs[:3])
-
-        own = jax.lax.map(group, (*rows, *prompts, mask_QS))
+    rows = Rows(*(x[:, S:].reshape(Q, G, T, *x.shape[2:]) for x in everything))
+    own = attend(rows, Before(*past, *(x[:, 0] for x in prompts[1:]), lengths_Q), scores)
     return jnp.concatenate([out, own.reshape(Q, G * T, *own.shape[3:])], axis=1)
-
-
-def _in_pieces(fn: Callable, at_once: int, args: tuple[jax.Array, ...]) -> jax.Array:
-    """`fn(*args)` in pieces of the leading axis, of at most `at_once`; the same if all fits."""
-    n = args[0].shape[0]
-    size = max(d for d in range(1, n + 1) if n % d == 0 and d <= max(at_once, 1))
-    if size == n:
-        return fn(*args)
-    again = jax.checkpoint(lambda xs: fn(*xs), prevent_cse=False)
-    pieces = tuple(x.reshape(n // size, size, *x.shape[1:]) for x in args)
-    out = jax.lax.map(again, pieces)
-    return out.reshape(n, *out.shape[2:])
-
-
-def _softmax(parts: list[jax.Array], orders: list[str]) -> tuple[list[jax.Array], jax.Array]:
-    """(exponentials of each part's scores, their total `QGKTR`) under one common maximum.
-
-    `orders`: each part's axes before that of its keys. The maximum only guards the exponentials; it
-    cancels, so no gradient flows through it.
-    """
-    tops = [jnp.einsum(f"{order}->QGKTR", jax.lax.stop_gradient(part.max(axis=-1)))
-            for part, order in zip(parts, orders, strict=True)]
-    top = functools.reduce(jnp.maximum, tops)
-    weights = [jnp.exp(part - jnp.einsum(f"QGKTR->{order}", top)[..., None])
-               for part, order in zip(parts, orders, strict=True)]
-    totals = [jnp.einsum(f"{order}->QGKTR", w.sum(axis=-1))
-              for w, order in zip(weights, orders, strict=True)]
-    return weights, functools.reduce(jnp.add, totals)
-
-
-def _attend_rows(past, prompt, rows) -> jax.Array:
-    """Rows `[Q, G, T, …]` attend to the past, to their group's prompt and to themselves.
-
-    Axes of scores are in the order in which the products give them: nothing large is turned over.
-    """
-    (q, k, v), (prompt_k, prompt_v, mask_QS), f32 = rows, prompt, jnp.float32
-    T = q.shape[2]
-    own = jnp.einsum("QGTKRH,QGCKH->QGKTRC", q, k, preferred_element_type=f32)
-    own = jnp.where(jnp.reshape(causal(T), (1, 1, 1, T, 1, T)), own, NEG)
-    shared = jnp.einsum("QGTKRH,QSKH->QKGTRS", q, prompt_k, preferred_element_type=f32)
-    shared = jnp.where(mask_QS[:, None, None, None, None], shared, NEG)
-    parts, orders = [own, shared], ["QGKTR", "QKGTR"]
-    if past is not None:
-        parts.append(jnp.einsum("QGTKRH,PKH->KQGTRP", q, past[0], preferred_element_type=f32))
-        orders.append("KQGTR")
-    weights, total = _softmax(parts, orders)
-    weights = [w.astype(v.dtype) for w in weights]
-    out = jnp.einsum("QGKTRC,QGCKH->QGTKRH", weights[0], v)
-    out = out + jnp.einsum("QKGTRS,QSKH->QGTKRH", weights[1], prompt_v)
-    if past is not None:
-        out = out + jnp.einsum("KQGTRP,PKH->QGTKRH", weights[2], past[1])
-    return (out / jnp.einsum("QGKTR->QGTKR", total)[..., None]).astype(v.dtype)
-
-
-def _attend_prompt(past, q_QSKRH, k_QSKH, v_QSKH, mask_QS) -> jax.Array:
-    """Prompts alone: each is a row without a prompt before it, and padding that nobody sees."""
-    S = q_QSKRH.shape[1]
-    f32, seen = jnp.float32, causal(S)[None] & mask_QS[:, None, :]
-    own = jnp.einsum("QTKRH,QSKH->QKTRS", q_QSKRH, k_QSKH, preferred_element_type=f32)
-    own = jnp.where(seen[:, None, :, None], own, NEG)[:, None]
-    parts, orders = [own], ["QGKTR"]
-    if past is not None:
-        parts.append(jnp.einsum("QTKRH,PKH->KQTRP", q_QSKRH, past[0],
-                                preferred_element_type=f32)[:, :, None])
-        orders.append("KQGTR")
-    weights, total = _softmax(parts, orders)
-    weights = [w.astype(v_QSKH.dtype) for w in weights]
-    out = jnp.einsum("QKTRS,QSKH->QTKRH", weights[0][:, 0], v_QSKH)
-    if past is not None:
-        out = out + jnp.einsum("KQTRP,PKH->QTKRH", weights[1][:, :, 0], past[1])
-    return (out / jnp.einsum("QKTR->QTKR", total[:, 0])[..., None]).astype(v_QSKH.dtype)
 
 
 class SharedPromptMask(splash_mask.Mask):

@@ -24,7 +24,8 @@ import jax.numpy as jnp
 from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 
-from gtalign_jax.model.attention import NEG, Attend, group_attention, padded_width
+from gtalign_jax.model.attend_dense import NEG
+from gtalign_jax.model.attention import Attend, group_attention, padded_width
 from gtalign_jax.model.block import cos_sin, finish, qkv, rms_norm
 from gtalign_jax.model.sharding import Layout, gather
 from gtalign_jax.model.spec import Layers, ModelConfig, Params, is_spec, param_specs
