@@ -136,6 +136,21 @@ def test_the_shared_prompt_update_is_that_of_concatenated_rows():
     assert size(grads) > 1e-2  # 1e-5 says something
 
 
+@pytest.mark.parametrize("micro", [0, 1])
+def test_a_prefix_that_all_prompts_share_goes_through_once_for_the_same_gradient(micro):
+    """All of its tokens, and a part of them; the micro-batches' gradients meet in its keys."""
+    b = make_batch()
+    head_QP = jnp.broadcast_to(jnp.arange(20, 26)[None], (Q, 6))
+    b = b.replace(prompt_QS=jnp.concatenate([head_QP, b.prompt_QS], axis=1),
+                  prompt_lengths_Q=b.prompt_lengths_Q + 6)
+    expected, plain_grads, _ = run(b)
+    assert abs(float(expected) - float(run(make_batch())[0])) > 1e-4  # the prefix matters
+    for common in (6, 4):
+        loss, grads, _ = run(b.replace(common=common), micro_batch_prompts=micro)
+        assert float(loss) == pytest.approx(float(expected), abs=1e-5)
+        assert_same_grads(grads, plain_grads, atol=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("aggregation", ["sequence", "constant"])
 def test_so_it_is_for_the_other_aggregations(aggregation):

@@ -24,6 +24,7 @@ from collections.abc import Sequence
 
 from gtalign_jax.aot.hlo import Collective
 from gtalign_jax.aot.topology import Topology
+from gtalign_jax.model.attend_cached import own_block
 from gtalign_jax.model.spec import ModelConfig, num_params
 
 COMPUTE_BYTES = 2  # bfloat16: weights as computed with, activations, caches
@@ -99,8 +100,14 @@ def _attention(cfg: ModelConfig, pairs: float) -> float:
     return 4.0 * cfg.num_layers * cfg.num_heads * cfg.head_dim * pairs
 
 
-def _prompt_pairs(Q: int, S: int) -> float:
-    return Q * S * (S + 1) / 2
+def _prompt_tokens(Q: int, S: int, common: int) -> int:
+    """Prompt positions computed: what all prompts begin with, once."""
+    return common + Q * (S - common)
+
+
+def _prompt_pairs(Q: int, S: int, common: int) -> float:
+    once, rest = common * (common + 1) / 2, S - common
+    return once + Q * (rest * common + rest * (rest + 1) / 2)
 
 
 def _row_pairs(Q: int, G: int, S: int, T: int) -> float:
@@ -117,37 +124,40 @@ def _activation_bytes(cfg: ModelConfig, tokens: float) -> float:
     return COMPUTE_BYTES * cfg.num_layers * tokens * (4 * cfg.d_model + heads + 4 * cfg.d_ff)
 
 
-def prefill_work(cfg: ModelConfig, Q: int, S: int) -> Work:
-    """The prompts' keys and values, once per prompt; no logits."""
-    flops = 2.0 * block_weights(cfg) * Q * S + _attention(cfg, _prompt_pairs(Q, S))
-    traffic = _activation_bytes(cfg, Q * S) + cache_bytes(cfg) * Q * S
+def prefill_work(cfg: ModelConfig, Q: int, S: int, common: int = 0) -> Work:
+    """The prompts' keys and values, once per prompt, and once of their `common` first tokens; no
+    logits."""
+    tokens = _prompt_tokens(Q, S, common)
+    flops = 2.0 * block_weights(cfg) * tokens + _attention(cfg, _prompt_pairs(Q, S, common))
+    traffic = _activation_bytes(cfg, tokens) + cache_bytes(cfg) * tokens
     return Work(flops, flops, traffic, COMPUTE_BYTES * block_weights(cfg))
 
 
-def decode_work(cfg: ModelConfig, Q: int, G: int, S: int, T: int) -> Work:
+def decode_work(cfg: ModelConfig, Q: int, G: int, S: int, T: int, common: int = 0) -> Work:
     """T steps of all Q G rows, none of which ends early.
 
-    Every step reads all weights, each prompt's cache once for its G rows, and the whole of the
-    rows' own caches: they have their final length T from the start. Needed operations count only
-    what a row has written.
+    Every step reads all weights, each prompt's cache once for its G rows (of the `common` first
+    tokens once for all), and what the rows have written, in whole blocks.
     """
     weights = block_weights(cfg) + head_weights(cfg)
     rows = Q * G
     flops = 2.0 * weights * rows * T + _attention(cfg, _row_pairs(Q, G, S, T))
-    caches = cache_bytes(cfg) * (Q * S + rows * T)
+    own = (T + own_block(T)) / 2  # on average
+    caches = cache_bytes(cfg) * (_prompt_tokens(Q, S, common) + rows * own)
     logits = FLOAT_BYTES * SAMPLING_PASSES * rows * cfg.padded_vocab_size
     per_step = caches + logits + _activation_bytes(cfg, rows)
     return Work(flops, flops, float(T * per_step), float(COMPUTE_BYTES * T * weights))
 
 
-def forward_work(cfg: ModelConfig, Q: int, G: int, S: int, T: int) -> Work:
+def forward_work(cfg: ModelConfig, Q: int, G: int, S: int, T: int, common: int = 0) -> Work:
     """Log-probabilities of Q G completions that share their group's prompt: one forward pass.
 
     With G = 1 it is a plain pass over Q sequences of S + T tokens with logits for T of them.
+    `common`: tokens that all prompts begin with, computed once.
     """
-    tokens, logits = Q * (S + G * T), Q * G * T
+    tokens, logits = _prompt_tokens(Q, S, common) + Q * G * T, Q * G * T
     flops = 2.0 * block_weights(cfg) * tokens + 2.0 * head_weights(cfg) * logits
-    flops += _attention(cfg, _prompt_pairs(Q, S) + _row_pairs(Q, G, S, T))
+    flops += _attention(cfg, _prompt_pairs(Q, S, common) + _row_pairs(Q, G, S, T))
     traffic = _activation_bytes(cfg, tokens) + 2 * FLOAT_BYTES * logits * cfg.padded_vocab_size
     weights = COMPUTE_BYTES * (block_weights(cfg) + head_weights(cfg))
     return Work(flops, flops, float(traffic), float(weights))
@@ -166,7 +176,7 @@ def reshard_work(cfg: ModelConfig) -> Work:
 
 
 def update_work(cfg: ModelConfig, Q: int, G: int, S: int, T: int, *, remat: str = "none",
-                micro_batches: int = 1) -> Work:
+                micro_batches: int = 1, common: int = 0) -> Work:
     """Forward, backward and optimizer of one update over Q prompts in `micro_batches` pieces.
 
     The head's logits are always computed again in the backward pass (`training.logp`), the blocks
@@ -178,12 +188,13 @@ def update_work(cfg: ModelConfig, Q: int, G: int, S: int, T: int, *, remat: str 
     """
     if remat not in REPEATED:
         raise ValueError(f"remat={remat!r}: expected one of {tuple(REPEATED)}")
-    forward = forward_work(cfg, Q, G, S, T)
+    forward = forward_work(cfg, Q, G, S, T, common)
     products, attention = REPEATED[remat]
-    tokens, logits = Q * (S + G * T), Q * G * T
+    tokens, logits = _prompt_tokens(Q, S, common) + Q * G * T, Q * G * T
     repeated = 2.0 * head_weights(cfg) * logits
     repeated += products * 2.0 * block_weights(cfg) * tokens
-    repeated += attention * _attention(cfg, _prompt_pairs(Q, S) + _row_pairs(Q, G, S, T))
+    pairs = _prompt_pairs(Q, S, common) + _row_pairs(Q, G, S, T)
+    repeated += attention * _attention(cfg, pairs)
     passes = 4 if products or attention else 3
     gradients = 3 * FLOAT_BYTES * num_params(cfg) * micro_batches  # read the sum, add, write it
     return Work(

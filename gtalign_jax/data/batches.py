@@ -34,6 +34,7 @@ class PromptBatch:
       prompts: Q prompts.
       tokens_QS: int32 token ids.
       lengths_Q: int32 number of real tokens of each row.
+      common: how many tokens all prompts of the set begin with (`PromptSet.common`).
       index_Q: int32 position of each row in the stream of prompts over all processes; with the
         seed it keys the sampling randomness, so that the number of processes changes no token.
     """
@@ -42,6 +43,7 @@ class PromptBatch:
     tokens_QS: np.ndarray
     lengths_Q: np.ndarray
     index_Q: np.ndarray
+    common: int
 
 
 class PromptSet:
@@ -143,6 +145,7 @@ class PromptSet:
             tokens_QS=tokens_QS,
             lengths_Q=lengths_Q,
             index_Q=np.asarray(chosen if index_Q is None else index_Q).astype(np.int32),
+            common=self.common,
         )
 
 

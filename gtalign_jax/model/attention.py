@@ -27,7 +27,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 
 from gtalign_jax.model import attend_dense
 from gtalign_jax.model.attend_dense import Before, Rows, attend
-from gtalign_jax.model.sharding import Layout
+from gtalign_jax.model.sharding import Layout, platform_of
 
 LANES = 128  # what the kernel's blocks are multiples of
 WIDE_BLOCK = 512  # block of long sequences: fewer, fuller matrix products
@@ -61,7 +61,7 @@ def group_attention(S: int, G: int, T: int, P: int, lengths_Q: jax.Array,
     own length is the caller's to ignore. On a TPU's mesh it is the kernel, elsewhere dense.
     """
     flash = layout is not None and layout.flash
-    platform = jax.default_backend() if layout is None else layout.platform
+    platform = platform_of(layout)
     more = {"interpret": platform != "tpu"} if flash else {
         "scores": attend_dense.SCORES.get(platform, attend_dense.MANY_SCORES)}
     local = functools.partial(_flash if flash else _dense, S=S, G=G, T=T, P=P, **more)

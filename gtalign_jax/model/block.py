@@ -106,9 +106,27 @@ def fuse(w: Layers) -> Fused:
     )
 
 
+@jax.custom_vjp
+def linear(x: jax.Array, w: jax.Array) -> jax.Array:
+    """`x[..., D] @ w[D, F]`, with the weight's gradient in the weight's own layout.
+
+    What autodiff writes down is its transpose, for which a CPU turns over all of y's gradient.
+    """
+    return jnp.einsum("...D,DF->...F", x, w)
+
+
+def _linear_backward(kept, grad: jax.Array):
+    x, w = kept
+    return (jnp.einsum("...F,DF->...D", grad, w), jnp.einsum("...D,...F->DF", x, grad))
+
+
+linear.defvjp(lambda x, w: (linear(x, w), (x, w)), _linear_backward)
+
+
 def _project(x: jax.Array, w: jax.Array, bias: jax.Array | None) -> jax.Array:
     """`x[..., D] @ w[D, heads, H] (+ bias)` -> `[..., heads, H]`."""
-    y = jnp.einsum("...D,DNH->...NH", x, w)
+    D, N, H = w.shape
+    y = linear(x, w.reshape(D, N * H)).reshape(*x.shape[:-1], N, H)
     return y if bias is None else y + jnp.expand_dims(bias, tuple(range(y.ndim - 2)))
 
 
@@ -117,7 +135,7 @@ def _heads(x: jax.Array, w: Layers | Fused, cfg: ModelConfig) -> list[jax.Array]
     if isinstance(w, Layers):
         return [_project(x, w.q_LDNH, w.q_bias_LNH), _project(x, w.k_LDKH, w.k_bias_LKH),
                 _project(x, w.v_LDKH, w.v_bias_LKH)]
-    y = jnp.einsum("...D,DM->...M", x, w.qkv_DM)
+    y = linear(x, w.qkv_DM)
     if w.qkv_bias_M is not None:
         y = y + jnp.expand_dims(w.qkv_bias_M, tuple(range(y.ndim - 1)))
     N, K, H = cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
@@ -138,16 +156,11 @@ def qkv(x: jax.Array, w: Layers | Fused, cfg: ModelConfig, cos: jax.Array, sin: 
 
 def finish(x: jax.Array, attended: jax.Array, w: Layers | Fused, cfg: ModelConfig) -> jax.Array:
     """Output projection, residual, and the gated feed-forward."""
-    if isinstance(w, Layers):
-        attended = attended.reshape(*attended.shape[:-3], cfg.num_heads, cfg.head_dim)
-        x = x + jnp.einsum("...NH,NHD->...D", attended, w.o_LNHD)
-    else:
-        attended = attended.reshape(*attended.shape[:-3], -1)
-        x = x + jnp.einsum("...M,MD->...D", attended, w.o_MD)
+    o_MD = w.o_LNHD.reshape(-1, x.shape[-1]) if isinstance(w, Layers) else w.o_MD
+    x = x + linear(attended.reshape(*attended.shape[:-3], -1), o_MD)
     y = rms_norm(x, w.mlp_norm_LD, cfg.norm_eps)
     if isinstance(w, Layers):
-        gate = jnp.einsum("...D,DF->...F", y, w.gate_LDF)
-        up = jnp.einsum("...D,DF->...F", y, w.up_LDF)
+        gate, up = linear(y, w.gate_LDF), linear(y, w.up_LDF)
     else:
-        gate, up = jnp.split(jnp.einsum("...D,DF->...F", y, w.gate_up_DF), 2, axis=-1)
-    return x + jnp.einsum("...F,FD->...D", jax.nn.silu(gate) * up, w.down_LFD)
+        gate, up = jnp.split(linear(y, w.gate_up_DF), 2, axis=-1)
+    return x + linear(jax.nn.silu(gate) * up, w.down_LFD)

@@ -25,7 +25,7 @@ from flax import struct
 from gtalign_jax.model import attend_cached, forward
 from gtalign_jax.model.attention import prompt_mask
 from gtalign_jax.model.block import cos_sin, finish, fuse, qkv, rms_norm
-from gtalign_jax.model.sharding import Layout
+from gtalign_jax.model.sharding import Layout, platform_of
 from gtalign_jax.model.spec import ModelConfig, Params
 
 # Logical axes of keys and values: of prompts (and of their common prefix), and of own tokens.
@@ -82,9 +82,8 @@ def prefill(params: Params, cfg: ModelConfig, tokens_QS, lengths_Q, layout: Layo
 
 def unrolls(layout: Layout | None) -> bool:
     """Whether layers are unrolled: on a CPU, unless their weights are cut."""
-    if layout is None:
-        return jax.default_backend() == "cpu"
-    return layout.platform == "cpu" and layout.axis_size("act_heads") == 1
+    whole = layout is None or layout.axis_size("act_heads") == 1
+    return whole and platform_of(layout) == "cpu"
 
 
 def own_caches(cfg: ModelConfig, Q: int, G: int, T: int, dtype,

@@ -114,25 +114,30 @@ def _run(params: Params, cfg: ModelConfig, tokens_QW, positions_QW, attend: Atte
     groups of tens of thousands of positions that moves less than cutting the products would.
     """
     cos, sin = cos_sin(cfg, positions_QW, 4)
+    # On one device positions are one axis: CPU kernels are several times faster at two dimensions.
+    alone = layout is None or layout.mesh.size == 1
+    flat = lambda x: x.reshape(-1, *x.shape[2:]) if alone else x  # noqa: E731
+    grouped = lambda x: x.reshape(*tokens_QW.shape, *x.shape[1:]) if alone else x  # noqa: E731
 
     def pin(x: jax.Array, *axes: str | None) -> jax.Array:
-        return x if layout is None else layout.constrain(x, "prompts", *axes)
+        return x if alone else layout.constrain(x, "prompts", *axes)
 
-    def block(x_QWD, xs: tuple[Layers, Past | None]):
+    def block(x, xs: tuple[Layers, Past | None]):
         w, before = xs
-        w = w if layout is None else _whole(w, cfg, layout)
-        q_k_v = qkv(x_QWD, w, cfg, cos, sin)
+        w = w if alone else _whole(w, cfg, layout)
+        q_k_v = qkv(x, w, cfg, flat(cos), flat(sin))
         # By stretches up to here: else XLA would cut the heads in the middle of rotating them.
-        q, k, v = (pin(pin(x, "sequence"), None, "act_heads") for x in q_k_v)
+        q, k, v = (pin(pin(grouped(y), "sequence"), None, "act_heads") for y in q_k_v)
         parts = () if before is None else (before.k_LXPKH, before.v_LXPKH)
         attended = checkpoint_name(pin(attend(q, k, v, *parts), None, "act_heads"), "attended")
-        x_QWD = finish(x_QWD, pin(attended, "sequence"), w, cfg)
-        return pin(x_QWD, "sequence"), emit(k, v)
+        x = finish(x, flat(pin(attended, "sequence")), w, cfg)
+        return pin(x, "sequence"), emit(k, v)
 
     if remat != "none":
         block = jax.checkpoint(block, policy=REMAT_POLICIES[remat])
     x_QWD = pin(_embed(params, tokens_QW, layout), "sequence")
-    return jax.lax.scan(block, x_QWD, (params.layers, past))
+    x, emitted = jax.lax.scan(block, flat(x_QWD), (params.layers, past))
+    return grouped(x), emitted
 
 
 def _whole(w: Layers, cfg: ModelConfig, layout: Layout) -> Layers:

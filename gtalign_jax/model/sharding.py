@@ -111,6 +111,11 @@ class Layout:
         return jax.lax.with_sharding_constraint(x, self.sharding(*axes))
 
 
+def platform_of(layout: Layout | None) -> str:
+    """The kind of device that a program with this layout is for."""
+    return jax.default_backend() if layout is None else layout.platform
+
+
 Axes = tuple[str | None, ...]
 
 

@@ -69,7 +69,8 @@ def start(cfg: ModelConfig, prompt: PromptCache, last_Q, G: int, T: int,
     )
     token_QG = jnp.broadcast_to(last_Q[:, None], (Q, G)).astype(jnp.int32)
     return State(jnp.zeros((), jnp.int32), token_QG, jnp.zeros((Q, G), bool),
-                 jnp.zeros((Q, G), jnp.int32), keys, values, rollout)
+                 jnp.full((Q, G), T, jnp.int32), jnp.zeros((Q, G), jnp.int32), keys, values,
+                 rollout)
 
 
 def _record(rollout: Rollout, t, token_QG, logp_QG, live_QG, stop_QG) -> Rollout:
@@ -93,13 +94,13 @@ def _record(rollout: Rollout, t, token_QG, logp_QG, live_QG, stop_QG) -> Rollout
 def run(params: Params, cfg: ModelConfig, prompt: PromptCache, state: State, keys_QG: jax.Array,
         filters: Filters, stop_ids: tuple[int, ...], table_VN: jax.Array | None = None, *,
         until: int = 0, shards: int = 1) -> State:
-    """Draws until every row is done: it drew a stop token, is at the limit T, or waits.
+    """Draws until every row is done: it drew a stop token, is at its limit, or waits.
 
     With `table_VN` (of `stopping.stop_table`) a row waits as soon as it has written the table's
     texts. Rows in step, as all are at first, share one position; otherwise each has its own. With
     `until` it ends sooner: when no more than so many rows of any of the `shards` live.
     """
-    T, in_step = state.rollout.tokens_QGT.shape[2], state.t.ndim == 0
+    in_step = state.t.ndim == 0
     model = decode.ready(params, cfg, prompt, state.values)
 
     def step(state: State) -> State:
@@ -118,12 +119,12 @@ def run(params: Params, cfg: ModelConfig, prompt: PromptCache, state: State, key
         token_QG, logp_QG = choose(logits_QGV, filters, uniform(keys_QG, state.t))
         stop_QG = is_stop(token_QG, stop_ids)
         rollout = _record(state.rollout, state.t, token_QG, logp_QG, live_QG, stop_QG)
-        done_QG, seen_QG = stop_QG | (state.t + 1 >= T), state.seen_QG
+        done_QG, seen_QG = stop_QG | (state.t + 1 >= state.limit_QG), state.seen_QG
         if table_VN is not None:
             seen_QG = jnp.where(live_QG, table_VN[token_QG, seen_QG].astype(jnp.int32), seen_QG)
             done_QG |= seen_QG == table_VN.shape[1] - 1
         return State(state.t + 1, jnp.where(live_QG, token_QG, state.token_QG),
-                     state.done_QG | done_QG, seen_QG, k, v, rollout)
+                     state.done_QG | done_QG, state.limit_QG, seen_QG, k, v, rollout)
 
     def unfinished(state: State) -> jax.Array:
         return by_shard(~state.done_QG, shards).sum(axis=1).max() > until
@@ -136,7 +137,7 @@ class Sampler:
     """The jitted programs of a rollout, made once; calling it runs them in turn.
 
     prefill(params, tokens_QS, lengths_Q) -> (PromptCache, last token of each prompt `[Q]`)
-    first(params, cache, last_Q, index_Q, key, until=rows) -> (Leg, own caches, Rollout)
+    first(params, cache, last_Q, index_Q, key, limit_QG, until=rows) -> (Leg, own caches, Rollout)
     next(params, Leg, caches, size=rows, until=rows) -> the same; takes the caches over
 
     Each goes on `until` no more rows of any shard live; `size` is the number of rows that it
@@ -150,24 +151,28 @@ class Sampler:
     first: Callable[..., tuple[Leg, tuple[Cache, Cache], Rollout]]
     next: Callable[..., tuple[Leg, tuple[Cache, Cache], Rollout]]
 
-    def __call__(self, params: Params, tokens_QS, lengths_Q, index_Q, key) -> Rollout:
+    def __call__(self, params: Params, tokens_QS, lengths_Q, index_Q, key,
+                 limit_QG=None) -> Rollout:
         """Completions of whole, right-padded prompts.
 
         `params` are in the dtype to compute in and laid out for rollout; `index_Q` identifies each
-        prompt in the step (it keys the randomness).
+        prompt in the step (it keys the randomness); `limit_QG` is the number of completion tokens
+        that each row may have, where that is less than the sampler's limit.
         """
         cache, last_Q = self.prefill(params, tokens_QS, lengths_Q)
-        return self.decode(params, cache, last_Q, index_Q, key)
+        return self.decode(params, cache, last_Q, index_Q, key, limit_QG)
 
     def sizes(self, prompts: int) -> tuple[int, ...]:
         """Rows per batch shard that are decoded at a time, largest first."""
         rows = prompts * self.samples // (1 if prompts % self.shards else self.shards)
         return batch_sizes(rows, self.config.shrink, self.config.smallest)
 
-    def decode(self, params: Params, cache: PromptCache, last_Q, index_Q, key) -> Rollout:
+    def decode(self, params: Params, cache: PromptCache, last_Q, index_Q, key,
+               limit_QG=None) -> Rollout:
         """Completions after the prompts in `cache`, in ever smaller batches."""
         sizes = (*self.sizes(len(last_Q)), 0)
-        leg, caches, rollout = self.first(params, cache, last_Q, index_Q, key, until=sizes[1])
+        leg, caches, rollout = self.first(params, cache, last_Q, index_Q, key, limit_QG,
+                                          until=sizes[1])
         for size, until in zip(sizes[1:], sizes[2:], strict=False):
             if not leg.going:
                 break
@@ -199,10 +204,13 @@ def make_sampler(cfg: ModelConfig, sampler: SamplerConfig, samples: int,
         leg, caches = end(leg, state)
         return leg, caches, whole_groups(leg.whole, samples)
 
-    def first(params: Params, prompt: PromptCache, last_Q, index_Q, key, *, until: int):
+    def first(params: Params, prompt: PromptCache, last_Q, index_Q, key, limit_QG=None, *,
+              until: int):
         Q = len(last_Q)
         X = 1 if Q % shards else shards
         state = start(cfg, prompt, last_Q, samples, sampler.max_new_tokens, layout)
+        if limit_QG is not None:
+            state = state.replace(limit_QG=jnp.minimum(limit_QG, state.limit_QG))
         rows_XB = jnp.broadcast_to(jnp.arange(Q * samples // X)[None], (X, Q * samples // X))
         leg = Leg(prompt, state, row_keys(key, index_Q, samples), rows_XB, None, jnp.array(True))
         return go_on(params, leg, until)

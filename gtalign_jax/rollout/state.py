@@ -33,6 +33,7 @@ class State:
 
     t: the position to feed next, one number where all rows are in step, else `[Q, G]`.
     token_QG: the token to feed there. done_QG: nothing more is drawn for the row, for now.
+    limit_QG: how many completion tokens the row may have.
     seen_QG: how much of the text that rows wait at each has just written (`rollout.stopping`).
     keys, values: own caches (`model.decode`).
     """
@@ -40,6 +41,7 @@ class State:
     t: jax.Array
     token_QG: jax.Array
     done_QG: jax.Array
+    limit_QG: jax.Array
     seen_QG: jax.Array
     keys: Cache
     values: Cache

@@ -27,7 +27,8 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from gtalign_jax.model.forward import check_remat
+from gtalign_jax.model import forward
+from gtalign_jax.model.forward import Past, check_remat
 from gtalign_jax.model.sharding import Layout
 from gtalign_jax.model.spec import ModelConfig, Params
 from gtalign_jax.pod import share
@@ -120,7 +121,8 @@ class GRPOConfig(OptimizerConfig):
 class Batch:
     """Scored rollouts. `valid_QG`: judged, and not masked.
 
-    `old_logp_QGT` None: on-policy. `ref_logp_QGT` None: no KL term.
+    `old_logp_QGT` None: on-policy. `ref_logp_QGT` None: no KL term. `common`: how many tokens all
+    prompts begin with, fewer than any has; they are computed once, not once per prompt.
     """
 
     prompt_QS: jax.Array
@@ -132,6 +134,7 @@ class Batch:
     sampler_logp_QGT: jax.Array
     old_logp_QGT: jax.Array | None = None
     ref_logp_QGT: jax.Array | None = None
+    common: int = struct.field(pytree_node=False, default=0)
 
 
 def advantages(reward_QG, valid_QG, *, std: str = "group", epsilon: float = 1e-4) -> jax.Array:
@@ -212,10 +215,10 @@ def policy_loss(logp_QGT, batch: Batch, cfg: GRPOConfig) -> tuple[jax.Array, dic
     return loss, {"ratio": ratio, "clip_fraction": (clipped < plain) * 1.0, "gap": jnp.abs(gap)}
 
 
-def _loss(params: Params, batch: Batch, weights_QGT, *, cfg: ModelConfig, grpo: GRPOConfig,
-          **options: Any) -> tuple[jax.Array, dict[str, Any]]:
+def _loss(params: Params, past: Past | None, batch: Batch, weights_QGT, *, cfg: ModelConfig,
+          grpo: GRPOConfig, **options: Any) -> tuple[jax.Array, dict[str, Any]]:
     logp, entropy = completion_logps(
-        params, cfg, batch.prompt_QS, batch.prompt_lengths_Q, batch.tokens_QGT,
+        params, cfg, batch.prompt_QS, batch.prompt_lengths_Q, batch.tokens_QGT, past=past,
         logit_chunk=grpo.logit_chunk, remat=grpo.remat, **options,
     )
     per_token, seen = policy_loss(logp, batch, grpo)
@@ -243,7 +246,11 @@ def _loss(params: Params, batch: Batch, weights_QGT, *, cfg: ModelConfig, grpo: 
 def loss_and_grads(params: Params, batch: Batch, *, cfg: ModelConfig, grpo: GRPOConfig,
                    filters: Filters = UNFILTERED, dtype: Any = jnp.float32,
                    layout: Layout | None = None):
-    """(loss, gradients, metrics) of a batch, accumulated over micro-batches of prompts."""
+    """(loss, gradients, metrics) of a batch, accumulated over micro-batches of prompts.
+
+    The prefix common to all prompts goes forward once, before the first micro-batch; what all of
+    them say about its keys and values adds up, and goes back through it once, after the last.
+    """
     Q, _, T = batch.tokens_QGT.shape
     weights_QGT = token_weights(batch.lengths_QG, batch.valid_QG, T, grpo.aggregation)
     loss = functools.partial(
@@ -251,13 +258,19 @@ def loss_and_grads(params: Params, batch: Batch, *, cfg: ModelConfig, grpo: GRPO
     )
 
     weights = cast(params, dtype)  # once, not in every piece
+    past, back = jax.vjp(lambda weights: forward.common_past(
+        weights, cfg, batch.prompt_QS, batch.common, layout, grpo.remat), weights)
 
     def one(piece: tuple[Batch, jax.Array]):
-        (value, seen), grads = jax.value_and_grad(loss, has_aux=True)(weights, *piece)
-        return (value, grads, seen["means"]), seen["maxima"]
+        both = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+        (value, seen), (grads, past_grads) = both(weights, past, *piece)
+        return (value, grads, past_grads, seen["means"]), seen["maxima"]
 
     pieces = _pieces(Q, grpo, layout)
-    (value, grads, means), maxima = accumulate(one, (batch, weights_QGT), pieces)
+    (value, grads, past_grads, means), maxima = accumulate(one, (batch, weights_QGT), pieces)
+    if past is not None:
+        past_grads = jax.tree.map(lambda g, x: g.astype(x.dtype), past_grads, past)
+        grads = jax.tree.map(lambda g, more: g + more.astype(g.dtype), grads, *back(past_grads))
     return value, grads, {"means": means, "maxima": maxima}
 
 
@@ -294,10 +307,13 @@ def make_logps(cfg: ModelConfig, grpo: GRPOConfig, *, layout: Layout,
     For the old policy, and for the reference.
     """
     def logps(params: Params, batch: Batch) -> jax.Array:
+        past = forward.common_past(cast(params, dtype), cfg, batch.prompt_QS, batch.common, layout)
+
         def one(part: Batch) -> jax.Array:
             return completion_logps(
                 params, cfg, part.prompt_QS, part.prompt_lengths_Q, part.tokens_QGT,
-                filters=filters, logit_chunk=grpo.logit_chunk, dtype=dtype, layout=layout,
+                past=past, filters=filters, logit_chunk=grpo.logit_chunk, dtype=dtype,
+                layout=layout,
             )[0]
 
         # Of a whole step's batch: as many as its minibatches are cut into, together.

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from gtalign_jax.model import forward
+from gtalign_jax.model.forward import Past
 from gtalign_jax.model.sharding import Layout
 from gtalign_jax.model.spec import ModelConfig, Params
 from gtalign_jax.rollout import filters as filters_lib
@@ -29,7 +30,7 @@ def cast(params: Params, dtype) -> Params:
 
 def completion_logps(params: Params, cfg: ModelConfig, prompt_QS, prompt_lengths_Q, tokens_QGT, *,
                      filters: Filters = UNFILTERED, logit_chunk: int = 128, dtype=jnp.float32,
-                     remat: str = "none",
+                     remat: str = "none", past: Past | None = None,
                      layout: Layout | None = None) -> tuple[jax.Array, jax.Array]:
     """(log-probability, entropy in nats), float32 `[Q, G, T]`, of every completion position.
 
@@ -39,13 +40,14 @@ def completion_logps(params: Params, cfg: ModelConfig, prompt_QS, prompt_lengths
         mask them.
       filters: those of the sampler, so that both sides speak of one distribution.
       dtype: of the matmuls; the log-softmax is float32.
+      past: keys and values of the tokens that all prompts begin with (`forward.common_past`).
     """
     params = cast(params, dtype)
     last_Q, stream_lengths_Q = forward.split_prompt(prompt_QS, prompt_lengths_Q)
     first_QG1 = jnp.broadcast_to(last_Q[:, None, None], (*tokens_QGT.shape[:2], 1))
     rows_QGT = jnp.concatenate([first_QG1.astype(tokens_QGT.dtype), tokens_QGT[:, :, :-1]], axis=2)
     hidden_QGTD = forward.shared_hidden(
-        params, cfg, prompt_QS, stream_lengths_Q, rows_QGT, remat=remat, layout=layout
+        params, cfg, prompt_QS, stream_lengths_Q, rows_QGT, past=past, remat=remat, layout=layout
     )
     head_VD = forward.head_of(params)
     chunked = functools.partial(_chunked_head, cfg=cfg, filters=filters, logit_chunk=logit_chunk)
@@ -90,36 +92,78 @@ def _over_devices(chunked: Callable, layout: Layout) -> Callable:
 
 def _chunked_head(head_VD, hidden_QGTD, tokens_QGT, *, cfg: ModelConfig, filters: Filters,
                   logit_chunk: int) -> tuple[jax.Array, jax.Array]:
-    """(log-probability, entropy) `[Q, G, T]`, `logit_chunk` positions at a time."""
+    """(log-probability, entropy) `[Q, G, T]`, `logit_chunk` positions of every row at a time."""
     Q, G, T, D = hidden_QGTD.shape
-    dtype = head_VD.dtype
-    head_VD = head_VD.astype(jnp.float32)  # so that its gradient adds up over chunks in float32
     chunks = -(-T // logit_chunk)
     width = -(-T // chunks)
-    pad = chunks * width - T
-    hidden_QGTD = jnp.pad(hidden_QGTD, ((0, 0), (0, 0), (0, pad), (0, 0)))
-    tokens_QGT = jnp.pad(tokens_QGT, ((0, 0), (0, 0), (0, pad)))
+    pad = ((0, 0), (0, 0), (0, chunks * width - T))
 
-    @jax.checkpoint
-    def head(hidden_QGCD, tokens_QGC):
-        logits_QGCV = forward.logits(head_VD.astype(dtype), cfg, hidden_QGCD)
-        logits_QGCV = filters_lib.apply(logits_QGCV, filters, keep_ids=tokens_QGC)
-        total_QGC = jax.nn.logsumexp(logits_QGCV, axis=-1)
-        # A masked sum, not a gather, whose gradient would be a scatter into zeros `[Q, G, C, V]`.
-        ids_V = jnp.arange(logits_QGCV.shape[-1])
-        is_token = ids_V[None, None, None, :] == tokens_QGC[..., None]
-        picked = jnp.where(is_token, logits_QGCV, 0.0).sum(axis=-1)
-        p_QGCV = jnp.exp(jax.lax.stop_gradient(logits_QGCV - total_QGC[..., None]))
-        # Entropy is reported, not trained: no gradient, so nothing is kept for it.
-        entropy_QGC = jax.lax.stop_gradient(total_QGC) - (
-            p_QGCV * jax.lax.stop_gradient(logits_QGCV)
-        ).sum(axis=-1)
-        return picked - total_QGC, entropy_QGC
+    def cut(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, (*pad, *[(0, 0)] * (x.ndim - 3)))
+        x = x.reshape(Q * G, chunks, width, *x.shape[3:])
+        return jnp.moveaxis(x, 1, 0).reshape(chunks, Q * G * width, *x.shape[3:])
 
-    if chunks == 1:
-        return head(hidden_QGTD, tokens_QGT)
-    hidden = jnp.moveaxis(hidden_QGTD.reshape(Q, G, chunks, width, D), 2, 0)
-    tokens = jnp.moveaxis(tokens_QGT.reshape(Q, G, chunks, width), 2, 0)
-    logp, entropy = jax.lax.map(lambda xs: head(*xs), (hidden, tokens))
-    join = lambda x: jnp.moveaxis(x, 0, 2).reshape(Q, G, chunks * width)[:, :, :T]  # noqa: E731
+    logp, entropy = head_logps(head_VD, cut(hidden_QGTD), cut(tokens_QGT), cfg, filters)
+    join = lambda x: jnp.moveaxis(  # noqa: E731
+        x.reshape(chunks, Q * G, width), 0, 1).reshape(Q, G, chunks * width)[:, :, :T]
     return join(logp), join(entropy)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def head_logps(head_VD, hidden_CMD, tokens_CM, cfg: ModelConfig,
+               filters: Filters) -> tuple[jax.Array, jax.Array]:
+    """(log-probability, entropy) `[C, M]` of tokens after hidden states, one chunk C at a time.
+
+    The gradient is that of the log-probability alone: entropy is reported, not trained. With p the
+    distribution, d logp / d logits = onehot(token) - p; logits are computed anew for it, so that no
+    more than one chunk's exist at any time. The head's gradient adds up in float32.
+    """
+    return _head_forward(head_VD, hidden_CMD, tokens_CM, cfg, filters)[0]
+
+
+def _chunk_logits(head_VD, hidden_MD, tokens_M, cfg: ModelConfig, filters: Filters) -> jax.Array:
+    logits_MV = forward.logits(head_VD, cfg, hidden_MD)
+    return filters_lib.apply(logits_MV, filters, keep_ids=tokens_M)
+
+
+def _head_forward(head_VD, hidden_CMD, tokens_CM, cfg: ModelConfig, filters: Filters):
+    def one(xs):
+        hidden_MD, tokens_M = xs
+        logits_MV = _chunk_logits(head_VD, hidden_MD, tokens_M, cfg, filters)
+        top_M = logits_MV.max(axis=-1)
+        weights_MV = jnp.exp(logits_MV - top_M[:, None])
+        sum_M = weights_MV.sum(axis=-1)
+        total_M = top_M + jnp.log(sum_M)
+        picked_M = jnp.take_along_axis(logits_MV, tokens_M[:, None], axis=-1)[:, 0]
+        # Dropped logits are huge and have no weight.
+        mean_M = (weights_MV * jnp.maximum(logits_MV, forward.NEG / 2)).sum(axis=-1) / sum_M
+        return picked_M - total_M, total_M - mean_M, total_M
+
+    logp, entropy, total = jax.lax.map(one, (hidden_CMD, tokens_CM))
+    return (logp, entropy), (head_VD, hidden_CMD, tokens_CM, total)
+
+
+def _head_backward(cfg: ModelConfig, filters: Filters, kept, grads):
+    head_VD, hidden_CMD, tokens_CM, total_CM = kept
+    scale = 1 / max(filters.temperature, filters_lib.COLDEST) if filters.temperature > 0 else 1.0
+
+    def one(head_grad_DV, xs):
+        hidden_MD, tokens_M, total_M, grad_M = xs
+        logits_MV = _chunk_logits(head_VD, hidden_MD, tokens_M, cfg, filters)
+        p_MV = jnp.exp(logits_MV - total_M[:, None])
+        is_token_MV = jnp.arange(logits_MV.shape[-1])[None, :] == tokens_M[:, None]
+        scaled_M1 = (scale * grad_M)[:, None]
+        dlogits_MV = (jnp.where(is_token_MV, scaled_M1, 0.0) - scaled_M1 * p_MV).astype(
+            head_VD.dtype)
+        hidden_grad = jnp.einsum("MV,VD->MD", dlogits_MV, head_VD)
+        head_grad_DV += jnp.einsum("MD,MV->DV", hidden_MD, dlogits_MV,
+                                   preferred_element_type=jnp.float32)
+        return head_grad_DV, hidden_grad
+
+    start = jnp.zeros(head_VD.shape[::-1], jnp.float32)
+    head_grad_DV, hidden_grads = jax.lax.scan(
+        one, start, (hidden_CMD, tokens_CM, total_CM, grads[0]))
+    return head_grad_DV.T.astype(head_VD.dtype), hidden_grads, None
+
+
+head_logps.defvjp(_head_forward, _head_backward)

@@ -301,6 +301,7 @@ class Learner:
             adv_QG=adv_QG,
             valid_QG=valid_B.reshape(adv_QG.shape),
             sampler_logp_QGT=rollout.logp_QGT,
+            common=prompts.common,
         ), self.layout)
 
     @functools.cached_property
