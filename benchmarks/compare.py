@@ -77,7 +77,8 @@ def run(program: Program, peers: Path, flags: list[str], tunables: bool) -> dict
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     after, now = busy(), os.times()
     if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-3000:]}")
+        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n"
+                           f"{done.stderr[-3000:]}")
     ours = sum(now[:4]) - sum(own[:4])
     others = (after[0] - before[0] - ours) / max(after[1] - before[1], 1e-9)
     return json.loads(done.stdout.splitlines()[-1]) | {"others": round(max(others, 0.0), 3)}
