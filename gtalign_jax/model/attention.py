@@ -86,11 +86,11 @@ def _dense(lengths_Q, q_QWKRH, k_QWKH, v_QWKH, past_k_XPKH=None, past_v_XPKH=Non
     everything = (q_QWKRH, k_QWKH, v_QWKH)
     prompts = Rows(*(x[:, None, :S] for x in everything))
     nothing = (jnp.zeros((Q, 0, K, H), dtype),) * 2
-    out = attend(prompts, Before(*past, *nothing, jnp.zeros_like(lengths_Q)), scores)[:, 0]
+    out = attend(prompts, Before(*past, *nothing, lengths_Q[:, None]), scores)[:, 0]
     if G == 0:
         return out
     rows = Rows(*(x[:, S:].reshape(Q, G, T, *x.shape[2:]) for x in everything))
-    own = attend(rows, Before(*past, *(x[:, 0] for x in prompts[1:]), lengths_Q), scores)
+    own = attend(rows, Before(*past, *(x[:, 0] for x in prompts[1:]), lengths_Q[:, None]), scores)
     return jnp.concatenate([out, own.reshape(Q, G * T, *own.shape[3:])], axis=1)
 
 
