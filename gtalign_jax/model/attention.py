@@ -26,7 +26,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 
 from gtalign_jax.model import attend_dense
-from gtalign_jax.model.attend_dense import Before, Rows, attend
+from gtalign_jax.model.attend_dense import Before, Rows, Tags, attend
 from gtalign_jax.model.sharding import Layout, platform_of
 
 LANES = 128  # what the kernel's blocks are multiples of
@@ -76,6 +76,38 @@ def group_attention(S: int, G: int, T: int, P: int, lengths_Q: jax.Array,
         check_vma=False,
     )
     return lambda *qkv: mapped(lengths_Q, *qkv)
+
+
+def packed_attention(P: int, lengths_Bm: jax.Array, tags: Tags, layout: Layout | None) -> Attend:
+    """`attend(q_BWKRH, k_BWKH, v_BWKH, *past, prompts_k, prompts_v) -> [B, W, K, R, H]` of bins in
+    which completions stand side by side (`training.packing`).
+
+    `past` as in `group_attention`; the prompts are `[B, m S, K, H]`, `lengths_Bm` of each real.
+    Raises ValueError where attention is the kernel, which knows no such rows.
+    """
+    if layout is not None and layout.flash:
+        raise ValueError(
+            "grpo.pack with model.attention='flash': the kernel knows no packed rows; set "
+            "model.attention='dense', or grpo.pack=0"
+        )
+    platform = platform_of(layout)
+    most = attend_dense.SCORES.get(platform, attend_dense.MANY_SCORES)
+
+    def local(lengths_Bm, tags: Tags, q, k, v, *before) -> jax.Array:
+        past = tuple(x[0] for x in before[:-2]) or (jnp.zeros((0, *k.shape[2:]), k.dtype),) * 2
+        rows, tags = jax.tree.map(lambda x: x[:, None], (Rows(q, k, v), tags))
+        return attend(rows, Before(*past, *before[-2:], lengths_Bm, tags), most)[:, 0]
+
+    if layout is None:
+        return lambda *args: local(lengths_Bm, tags, *args)
+    spec = layout.rules.spec
+    rows, q_spec = spec("prompts"), spec("prompts", None, "act_heads", None, None)
+    kv_specs = (spec("prompts", None, "act_heads", None),) * (6 if P else 4)
+    mapped = jax.shard_map(
+        local, mesh=layout.mesh, in_specs=(rows, Tags(rows, rows), q_spec, *kv_specs),
+        out_specs=q_spec, check_vma=False,
+    )
+    return lambda *args: mapped(lengths_Bm, tags, *args)
 
 
 def _dense(lengths_Q, q_QWKRH, k_QWKH, v_QWKH, past_k_XPKH=None, past_v_XPKH=None, *, S: int,

@@ -4,6 +4,7 @@
     common_past    prompts_QS           -> Past          the prefix that all prompts share, once
     run_prompts    prompts_QS           -> keys and values of each prompt, for generation
     shared_hidden  prompts_QS, rows_QGT -> hidden_QGTD   the update: prompts and rows in one pass
+    packed_hidden  bins, prompt_keys    -> hidden_BWD    the same without padding
 
 A group's G completions have one prompt. Its keys and values exist once, `[Q, S, K, H]`; every row
 attends to them and to its own with one softmax over both (design: shared prompt; idea from Prefix
@@ -24,8 +25,13 @@ import jax.numpy as jnp
 from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 
-from gtalign_jax.model.attend_dense import NEG
-from gtalign_jax.model.attention import Attend, group_attention, padded_width
+from gtalign_jax.model.attend_dense import NEG, Tags
+from gtalign_jax.model.attention import (
+    Attend,
+    group_attention,
+    packed_attention,
+    padded_width,
+)
 from gtalign_jax.model.block import cos_sin, finish, qkv, rms_norm
 from gtalign_jax.model.sharding import Layout, gather
 from gtalign_jax.model.spec import Layers, ModelConfig, Params, is_spec, param_specs
@@ -105,9 +111,11 @@ def _embed_by_parts(table_VD: jax.Array, tokens_QW: jax.Array, layout: Layout) -
 
 
 def _run(params: Params, cfg: ModelConfig, tokens_QW, positions_QW, attend: Attend,
-         layout: Layout | None, *, past: Past | None = None, emit: Callable = lambda k, v: None,
-         remat: str = "none"):
+         layout: Layout | None, *, past: Past | None = None, before=None,
+         emit: Callable = lambda k, v: None, remat: str = "none"):
     """All blocks over groups of W positions; `emit(k, v)` says what is kept of each layer.
+
+    `before`: more keys and values of each layer for `attend`, after those of the past.
 
     Over devices every block gathers its weights, whole, and works on its own prompts and its own
     stretch of the sequence; only attention changes over from stretches to heads, and back. With
@@ -122,21 +130,21 @@ def _run(params: Params, cfg: ModelConfig, tokens_QW, positions_QW, attend: Atte
     def pin(x: jax.Array, *axes: str | None) -> jax.Array:
         return x if alone else layout.constrain(x, "prompts", *axes)
 
-    def block(x, xs: tuple[Layers, Past | None]):
-        w, before = xs
+    def block(x, xs):
+        w, *parts = xs
         w = w if alone else _whole(w, cfg, layout)
         q_k_v = qkv(x, w, cfg, flat(cos), flat(sin))
         # By stretches up to here: else XLA would cut the heads in the middle of rotating them.
         q, k, v = (pin(pin(grouped(y), "sequence"), None, "act_heads") for y in q_k_v)
-        parts = () if before is None else (before.k_LXPKH, before.v_LXPKH)
-        attended = checkpoint_name(pin(attend(q, k, v, *parts), None, "act_heads"), "attended")
+        attended = attend(q, k, v, *jax.tree.leaves(parts))
+        attended = checkpoint_name(pin(attended, None, "act_heads"), "attended")
         x = finish(x, flat(pin(attended, "sequence")), w, cfg)
         return pin(x, "sequence"), emit(k, v)
 
     if remat != "none":
         block = jax.checkpoint(block, policy=REMAT_POLICIES[remat])
     x_QWD = pin(_embed(params, tokens_QW, layout), "sequence")
-    x, emitted = jax.lax.scan(block, flat(x_QWD), (params.layers, past))
+    x, emitted = jax.lax.scan(block, flat(x_QWD), (params.layers, past, before))
     return grouped(x), emitted
 
 
@@ -232,6 +240,41 @@ def shared_hidden(params: Params, cfg: ModelConfig, tokens_QS, lengths_Q, rows_Q
                     layout, past=past, remat=remat)
     rows_QGTD = x_QWD[:, S : S + G * T].reshape(Q, G, T, -1)
     return rms_norm(rows_QGTD, params.final_norm_D, cfg.norm_eps)
+
+
+@struct.dataclass
+class Bins:
+    """Completions side by side, `[B, W]` each: the token fed, its position in its sequence, and
+    which completion and which of the bin's prompts it belongs to (`attend_dense.Tags`).
+
+    prompts_k, prompts_v: of m prompts before each bin, `[L, B, m S, K, H]`, lengths_Bm of which are
+    real.
+    """
+
+    tokens_BW: jax.Array
+    positions_BW: jax.Array
+    tags: Tags
+    prompts_k: jax.Array
+    prompts_v: jax.Array
+    lengths_Bm: jax.Array
+
+
+def prompt_keys(params: Params, cfg: ModelConfig, tokens_QS, lengths_Q, layout: Layout | None,
+                past: Past | None, remat: str = "none") -> tuple[jax.Array, jax.Array]:
+    """Keys and values `[L, Q, S, K, H]` of the prompt stream without the prefix that is `past`."""
+    P = 0 if past is None else past.width
+    _, kept = run_prompts(params, cfg, tokens_QS[:, P:], lengths_Q - P, layout, past=past,
+                          emit=lambda k, v: (k, v), remat=remat)
+    return kept
+
+
+def packed_hidden(params: Params, cfg: ModelConfig, bins: Bins, *, past: Past | None = None,
+                  remat: str = "none", layout: Layout | None = None) -> jax.Array:
+    """Final hidden states `[B, W, D]` of packed completions: `shared_hidden` without padding."""
+    attend = packed_attention(0 if past is None else past.width, bins.lengths_Bm, bins.tags, layout)
+    x_BWD, _ = _run(params, cfg, bins.tokens_BW, bins.positions_BW, attend, layout, past=past,
+                    before=(bins.prompts_k, bins.prompts_v), remat=remat)
+    return rms_norm(x_BWD, params.final_norm_D, cfg.norm_eps)
 
 
 def split_prompt(tokens_QS: jax.Array, lengths_Q: jax.Array) -> tuple[jax.Array, jax.Array]:

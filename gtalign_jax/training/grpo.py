@@ -77,6 +77,8 @@ class GRPOConfig(OptimizerConfig):
     truncated_is: float = 0.0  # cap of exp(trainer logp - sampler logp); 0: off
     mask_truncated: bool = False  # keep completions cut at the limit out of the loss
     logit_chunk: int = 128
+    pack: int = 0  # groups whose completions may share a row of the update; 0: all are padded
+    pack_rows: int = 1  # packed rows per forward/backward and batch shard
     remat: str = "none"  # what the backward pass computes anew: model.forward.REMAT_POLICIES
 
     def __post_init__(self) -> None:
@@ -87,9 +89,12 @@ class GRPOConfig(OptimizerConfig):
                 raise ValueError(
                     f"grpo.{key}={getattr(self, key)!r}: expected one of {allowed}"
                 )
-        for key in ("beta", "clip_low", "clip_high", "truncated_is", "adv_epsilon", "kl_clamp"):
+        for key in ("beta", "clip_low", "clip_high", "truncated_is", "adv_epsilon", "kl_clamp",
+                    "pack"):
             if getattr(self, key) < 0:
                 raise ValueError(f"grpo.{key}={getattr(self, key)}: must be >= 0")
+        if self.pack_rows < 1:
+            raise ValueError(f"grpo.pack_rows={self.pack_rows}: must be >= 1")
         if self.truncated_is and self.old_logp == "sampler":
             raise ValueError(
                 f"grpo.truncated_is={self.truncated_is} with grpo.old_logp='sampler': it weighs "
@@ -190,26 +195,40 @@ def kl_estimate(logp, ref_logp, kind: str, clamp: float) -> jax.Array:
     raise ValueError(f"kl={kind!r}: expected one of {CHOICES['kl']}")
 
 
-def policy_loss(logp_QGT, batch: Batch, cfg: GRPOConfig) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Clipped surrogate per token `[Q, G, T]`, and what there is to watch about it.
+@struct.dataclass
+class Tokens:
+    """What the loss needs to know of each completion token, arrays of one shape.
 
-    Positions past a row's length must be masked by the caller.
+    mask: the token is real. weights: of its loss in the mean over the whole batch (0: not in it).
+    old_logp, ref_logp: None as in `Batch`.
     """
-    mask_QGT = completion_mask(batch.lengths_QG, logp_QGT.shape[2])
-    old = jax.lax.stop_gradient(logp_QGT) if batch.old_logp_QGT is None else batch.old_logp_QGT
-    log_ratio = jnp.where(mask_QGT, logp_QGT - old, 0.0)
+
+    mask: jax.Array
+    weights: jax.Array
+    adv: jax.Array
+    sampler_logp: jax.Array
+    old_logp: jax.Array | None
+    ref_logp: jax.Array | None
+
+
+def policy_loss(logp, of: Tokens, row_mean: Callable[[jax.Array], jax.Array],
+                cfg: GRPOConfig) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Clipped surrogate per token, and what there is to watch about it.
+
+    `row_mean(x)`: for every token the mean of x, which is 0 where no token is, over its completion.
+    Where no token is, what comes out means nothing.
+    """
+    old = jax.lax.stop_gradient(logp) if of.old_logp is None else of.old_logp
+    log_ratio = jnp.where(of.mask, logp - old, 0.0)
     if cfg.ratio == "sequence":
-        length = jnp.maximum(batch.lengths_QG, 1)[:, :, None]
-        mean = log_ratio.sum(axis=2, keepdims=True) / length
-        log_ratio = jnp.broadcast_to(mean, log_ratio.shape)
+        log_ratio = row_mean(log_ratio)
     ratio = jnp.exp(jnp.clip(log_ratio, -20.0, 20.0))
-    adv_QG1 = batch.adv_QG[:, :, None]
-    plain = ratio * adv_QG1
-    clipped = jnp.clip(ratio, 1 - cfg.clip_low, 1 + cfg.clip_high) * adv_QG1
+    plain = ratio * of.adv
+    clipped = jnp.clip(ratio, 1 - cfg.clip_low, 1 + cfg.clip_high) * of.adv
     loss = -jnp.minimum(plain, clipped)
-    gap = jax.lax.stop_gradient(jnp.where(mask_QGT, logp_QGT, 0.0)) - batch.sampler_logp_QGT
+    gap = jax.lax.stop_gradient(jnp.where(of.mask, logp, 0.0)) - of.sampler_logp
     if cfg.truncated_is > 0:
-        behaviour = jnp.where(mask_QGT, old - batch.sampler_logp_QGT, 0.0)
+        behaviour = jnp.where(of.mask, old - of.sampler_logp, 0.0)
         weight = jnp.minimum(jnp.exp(jnp.minimum(behaviour, 20.0)), cfg.truncated_is)
         loss = loss * jax.lax.stop_gradient(weight)
     return loss, {"ratio": ratio, "clip_fraction": (clipped < plain) * 1.0, "gap": jnp.abs(gap)}
@@ -221,8 +240,22 @@ def _loss(params: Params, past: Past | None, batch: Batch, weights_QGT, *, cfg: 
         params, cfg, batch.prompt_QS, batch.prompt_lengths_Q, batch.tokens_QGT, past=past,
         logit_chunk=grpo.logit_chunk, remat=grpo.remat, **options,
     )
-    per_token, seen = policy_loss(logp, batch, grpo)
-    live = weights_QGT > 0
+    mask_QGT = completion_mask(batch.lengths_QG, logp.shape[2])
+    length_QG1 = jnp.maximum(batch.lengths_QG, 1)[:, :, None]
+
+    def row_mean(x_QGT: jax.Array) -> jax.Array:
+        return jnp.broadcast_to(x_QGT.sum(axis=2, keepdims=True) / length_QG1, x_QGT.shape)
+
+    of = Tokens(mask_QGT, weights_QGT, jnp.broadcast_to(batch.adv_QG[:, :, None], logp.shape),
+                batch.sampler_logp_QGT, batch.old_logp_QGT, batch.ref_logp_QGT)
+    return objective(logp, entropy, of, row_mean, grpo)
+
+
+def objective(logp, entropy, of: Tokens, row_mean: Callable[[jax.Array], jax.Array],
+              grpo: GRPOConfig) -> tuple[jax.Array, dict[str, Any]]:
+    """(the loss as a sum over tokens, metrics)."""
+    per_token, seen = policy_loss(logp, of, row_mean, grpo)
+    live = of.weights > 0
     count = live.sum().astype(jnp.float32)
 
     def mean(x: jax.Array) -> Mean:
@@ -234,11 +267,11 @@ def _loss(params: Params, past: Past | None, batch: Batch, weights_QGT, *, cfg: 
         "grpo/ratio": mean(seen["ratio"]),
         "rollout/logp_gap": mean(seen["gap"]),
     }
-    if batch.ref_logp_QGT is not None:
-        kl = kl_estimate(logp, batch.ref_logp_QGT, grpo.kl, grpo.kl_clamp)
+    if of.ref_logp is not None:
+        kl = kl_estimate(logp, of.ref_logp, grpo.kl, grpo.kl_clamp)
         means["grpo/kl"] = mean(kl)
         per_token = per_token + grpo.beta * kl
-    loss = (jnp.where(live, per_token, 0.0) * weights_QGT).sum()
+    loss = (jnp.where(live, per_token, 0.0) * of.weights).sum()
     gap = jnp.where(live, seen["gap"], 0.0)
     return loss, {"means": means, "maxima": {"rollout/logp_gap_max": gap.max()}}
 

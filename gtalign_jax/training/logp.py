@@ -49,6 +49,12 @@ def completion_logps(params: Params, cfg: ModelConfig, prompt_QS, prompt_lengths
     hidden_QGTD = forward.shared_hidden(
         params, cfg, prompt_QS, stream_lengths_Q, rows_QGT, past=past, remat=remat, layout=layout
     )
+    return head(params, cfg, hidden_QGTD, tokens_QGT, filters, logit_chunk, layout)
+
+
+def head(params: Params, cfg: ModelConfig, hidden_QGTD, tokens_QGT, filters: Filters,
+         logit_chunk: int, layout: Layout | None) -> tuple[jax.Array, jax.Array]:
+    """(log-probability, entropy) `[Q, G, T]` of tokens after final hidden states."""
     head_VD = forward.head_of(params)
     chunked = functools.partial(_chunked_head, cfg=cfg, filters=filters, logit_chunk=logit_chunk)
     if layout is None:

@@ -1,7 +1,8 @@
 """Packing: completions of unequal length side by side in rows of one width.
 
-    plan      lengths, and which rows count  -> which row lies where      (host, numpy)
-    pack      Batch, plan                    -> Packed                    (device; tokens stay there)
+    make_plan  lengths, and which rows count  -> which row lies where    (host)
+    lay_out    that, position by position     -> Placed
+    take       values of completion tokens    -> the same in bins        (device: they stay there)
 
 A padded batch `[Q, G, T]` computes T positions for every completion. Packed, completions stand one
 after the other in *bins* of W = T positions; completions of up to m groups share a bin, since a bin
@@ -25,8 +26,8 @@ class Plan:
     """Where rows lie, for X batch shards of R = Q G / X rows and N bins each; numpy, int32.
 
     bin_XR: the bin of each row, -1: in none. start_XR: its first position there. slot_XR: which of
-    the bin's groups it belongs to. groups_XNm: those groups, as prompts of the shard. bins: how many
-    are in use in the fullest shard.
+    the bin's groups it belongs to. groups_XNm: those groups, as prompts of the shard. bins: how
+    many are in use in the fullest shard.
     """
 
     bin_XR: np.ndarray
