@@ -10,8 +10,8 @@ from benchmarks import ours
 from benchmarks.peers import shapes
 from gtalign_jax.model.spec import Params
 from gtalign_jax.training.grpo import Batch, GRPOConfig, place
+from gtalign_jax.training.learner import Learner
 from gtalign_jax.training.state import TrainState, make_optimizer, make_state
-from gtalign_jax.training.trainer import Learner
 
 
 @dataclasses.dataclass

@@ -37,8 +37,8 @@ from gtalign_jax.model.spec import ModelConfig, Params
 from gtalign_jax.pod import exchange
 from gtalign_jax.rollout.player import Player
 from gtalign_jax.session import Bench
+from gtalign_jax.training.learner import make_reshard
 from gtalign_jax.training.logp import cast
-from gtalign_jax.training.trainer import make_reshard
 from gtalign_jax.workdir import Files, is_dir
 
 GIVEN = "given"

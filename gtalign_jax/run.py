@@ -32,6 +32,7 @@ from gtalign_jax.pod.watch import Watch
 from gtalign_jax.session import Bench, Session, examples, open_session
 from gtalign_jax.training import plots
 from gtalign_jax.training.checkpoint import Checkpointer
+from gtalign_jax.training.learner import make_reshard
 from gtalign_jax.training.metrics import RolloutLog, read_rows
 from gtalign_jax.training.sft import ExampleSet
 from gtalign_jax.training.state import (
@@ -42,7 +43,7 @@ from gtalign_jax.training.state import (
     make_optimizer,
     make_state,
 )
-from gtalign_jax.training.trainer import make_reshard, train_grpo, train_sft
+from gtalign_jax.training.trainer import train_grpo, train_sft
 from gtalign_jax.workdir import to_write
 
 log = logging.getLogger(__name__)

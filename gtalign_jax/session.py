@@ -66,10 +66,11 @@ from gtalign_jax.reward.tasks import task_of
 from gtalign_jax.rollout.sampler import SamplerConfig, make_sampler
 from gtalign_jax.training.checkpoint import Checkpointer
 from gtalign_jax.training.collect import Collector
+from gtalign_jax.training.learner import make_reshard
 from gtalign_jax.training.metrics import Console, MetricsWriter, step_line
 from gtalign_jax.training.state import named_key
 from gtalign_jax.training.trackers import open_trackers
-from gtalign_jax.training.trainer import Stage, make_reshard
+from gtalign_jax.training.trainer import Stage
 from gtalign_jax.workdir import Files, TransferError, is_dir, is_remote
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from gtalign_jax import session as session_lib
 from gtalign_jax.aot.programs import bytes_per_chip, programs
 from gtalign_jax.model.load import model_sizes
 from gtalign_jax.model.sharding import MeshConfig, make_mesh
-from gtalign_jax.training import collect, grpo, sft, trainer
+from gtalign_jax.training import collect, grpo, learner, sft
 
 # Wide enough for weights to outweigh what nobody counts (keys, advantages, a step's tokens).
 WIDE = {
@@ -97,7 +97,7 @@ def test_what_lies_on_a_chip_when_a_program_is_called_is_its_arguments_and_resid
     spy_on(grpo, "make_update", "update")
     spy_on(sft, "make_update", "sft update")
     spy_on(grpo, "make_logps", whose_logps)
-    spy_on(trainer, "make_reshard", "reshard")
+    spy_on(learner, "make_reshard", "reshard")
     make = session_lib.make_sampler
 
     def make_sampler(model, settings, samples, *rest):

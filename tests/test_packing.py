@@ -12,7 +12,7 @@ import tiny
 from gtalign_jax.model.sharding import TRAIN, Layout, MeshConfig, make_mesh, param_shardings
 from gtalign_jax.training import packed as packed_lib
 from gtalign_jax.training.grpo import GRPOConfig
-from gtalign_jax.training.packing import fill_of, lay_out, make_plan, take
+from gtalign_jax.training.packing import Packing, lay_out, make_plan, take
 
 Q, G, T = exact.Q, exact.G, exact.T
 
@@ -147,4 +147,4 @@ def test_long_tailed_lengths_are_packed_with_less_than_ten_percent_padding():
     lengths_QG = lengths.astype(np.int32)
     plan = make_plan(lengths_QG, np.ones_like(lengths_QG, bool), 2048, 4, 1)
     assert lengths_QG.mean() / 2048 < 0.16
-    assert fill_of(plan, lengths_QG, 2048, 1) > 0.9
+    assert Packing(plan, lengths_QG, 2048, 1).fill > 0.9

@@ -9,6 +9,7 @@ import tiny
 
 from gtalign_jax.model.sharding import TRAIN, Layout, MeshConfig, make_mesh, param_shardings
 from gtalign_jax.training.grpo import GRPOConfig
+from gtalign_jax.training.learner import make_reshard
 from gtalign_jax.training.sft import SFTConfig
 from gtalign_jax.training.state import (
     OptimizerConfig,
@@ -21,7 +22,6 @@ from gtalign_jax.training.state import (
     new_state,
     schedule,
 )
-from gtalign_jax.training.trainer import make_reshard
 
 
 def rates(cfg: OptimizerConfig, total: int) -> list[float]:

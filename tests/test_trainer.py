@@ -19,11 +19,12 @@ from gtalign_jax.model.sharding import TRAIN, Layout, MeshConfig, make_mesh
 from gtalign_jax.reward.factors import NAMES as FACTORS
 from gtalign_jax.reward.judges import Judgement, make_judge
 from gtalign_jax.training import collect, grpo, plots, trainer
+from gtalign_jax.training import learner as learner_lib
 from gtalign_jax.training.checkpoint import CheckpointConfig, Checkpointer
 from gtalign_jax.training.collect import Verdict
 from gtalign_jax.training.grpo import GRPOConfig
+from gtalign_jax.training.learner import Learner
 from gtalign_jax.training.metrics import Mean
-from gtalign_jax.training.trainer import Learner
 
 Q, G, T = 8, 2, 24
 EVALUATED = {"evaluate__every_steps": 2, "evaluate__temperature": 1.0}
@@ -102,6 +103,18 @@ def test_on_policy_numbers_are_those_of_a_policy_compared_with_itself(whole):
     assert last["grpo/kl"] > 1e-6
     assert first["rollout/logp_gap_max"] < 1e-4  # sampler and trainer agree, token by token
     assert 5 < first["grpo/entropy"] < np.log(400) + 0.01
+
+
+def test_a_run_that_packs_its_completions_learns_as_one_that_pads_them(whole, tmp_path,
+                                                                       monkeypatch):
+    monkeypatch.setattr(collect, "decode", runs.fluent)
+    monkeypatch.setattr(session_lib, "make_judge", flaky_judge)
+    run_lib.run(runs.config(tmp_path, **EVALUATED, **{"grpo.pack": 2}))
+    padded, packed = (runs.metrics(workdir, "grpo") for workdir in (whole.workdir, tmp_path))
+    for a, b in zip(padded, packed, strict=True):
+        for name in ("grpo/loss", "grpo/grad_norm", "grpo/kl", "grpo/entropy", "rollout/logp_gap"):
+            assert b[name] == pytest.approx(a[name], rel=2e-3, abs=1e-5), name
+        assert 0 <= b["grpo/padding"] < 1 and "grpo/padding" not in a
 
 
 def test_phases_add_up_to_the_step(whole):
@@ -220,7 +233,7 @@ def test_an_interrupted_run_ends_with_the_rows_of_an_uninterrupted_one(
 @pytest.mark.parametrize("stage", ["sft", "grpo"])
 def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(stage, tmp_path, monkeypatch):
     monkeypatch.setattr(collect, "decode", runs.fluent)
-    mean = trainer.host_metrics
+    mean = learner_lib.host_metrics
     calls = []
 
     def poisoned(seen):
@@ -231,7 +244,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(stage, tmp_path
                 metrics[f"{stage}/loss"] = float("nan")
         return metrics
 
-    monkeypatch.setattr(trainer, "host_metrics", poisoned)
+    for module in (trainer, learner_lib):
+        monkeypatch.setattr(module, "host_metrics", poisoned)
     with pytest.raises(FloatingPointError, match=rf"{stage}/loss is nan at step 2 of {stage}"):
         run_lib.run(runs.config(tmp_path, stages=("sft", "grpo"), sft__steps=3))
     saved = Checkpointer(checkpoint_dir(tmp_path, stage), CheckpointConfig(), None, read_only=True)
@@ -266,9 +280,10 @@ def batch(learner, reward_B, valid_B, stopped_QG, sources):
     )
     prompts = types.SimpleNamespace(
         tokens_QS=np.zeros((Q, 2), np.int32), lengths_Q=np.ones(Q, np.int32),
-        prompts=[types.SimpleNamespace(data_source=source) for source in sources],
+        prompts=[types.SimpleNamespace(data_source=source) for source in sources], common=0,
     )
-    verdict = Verdict(np.array(reward_B), np.array(valid_B), stopped_QG.reshape(-1))
+    verdict = Verdict(np.array(reward_B), np.array(valid_B), stopped_QG.reshape(-1),
+                      np.asarray(rollout.lengths_QG).reshape(-1))
     return learner.batch(prompts, rollout, verdict, learner.signal(prompts, verdict))
 
 
@@ -308,7 +323,7 @@ def test_metrics_of_several_updates_are_means_over_all_their_tokens():
         {"means": {"grpo/kl": Mean(jnp.asarray(6.0), jnp.asarray(2.0))},
          "maxima": {"gap": jnp.asarray(1.0)}},
     ]
-    assert trainer.host_metrics(seen) == pytest.approx({"grpo/kl": 8 / 6, "gap": 3.0})
+    assert learner_lib.host_metrics(seen) == pytest.approx({"grpo/kl": 8 / 6, "gap": 3.0})
 
 
 class State(NamedTuple):

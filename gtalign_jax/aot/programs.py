@@ -33,6 +33,7 @@ from gtalign_jax.reward import scoring
 from gtalign_jax.rollout.sampler import Sampler, make_sampler
 from gtalign_jax.training import sft as sft_lib
 from gtalign_jax.training.grpo import Batch
+from gtalign_jax.training.learner import Learner, make_reshard
 from gtalign_jax.training.micro import piece_count
 from gtalign_jax.training.state import (
     OptimizerConfig,
@@ -41,7 +42,6 @@ from gtalign_jax.training.state import (
     make_optimizer,
     make_start,
 )
-from gtalign_jax.training.trainer import Learner, make_reshard
 
 STOP_IDS = (0,)  # any will do: they are constants of the decode loop
 

@@ -69,7 +69,7 @@ class Experience:
 
     def verdict(self) -> "Verdict":
         """What every process needs of the whole batch's scores. A collective."""
-        own = Verdict(self.scores.reward_B, self.scores.valid_B, self.stopped_B)
+        own = Verdict(self.scores.reward_B, self.scores.valid_B, self.stopped_B, self.lengths_B)
         return share.everywhere(own, self.rows_B, "verdict")
 
 
@@ -80,6 +80,7 @@ class Verdict:
     reward_B: np.ndarray
     valid_B: np.ndarray
     stopped_B: np.ndarray
+    lengths_B: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)

@@ -131,9 +131,28 @@ def take(x_QGT: jax.Array, placed: Placed) -> jax.Array:
     return jnp.where(placed.row_XNW < R, taken, 0)
 
 
-def fill_of(plan: Plan, lengths_QG: np.ndarray, width: int, bins_at_once: int) -> float:
-    """Share of the computed positions that hold a token of a row that counts; 1 where none does."""
-    X = plan.bin_XR.shape[0]
-    real = int(lengths_QG.reshape(X, -1)[plan.bin_XR >= 0].sum())
-    computed = -(-plan.bins // bins_at_once) * bins_at_once * width * X
-    return real / computed if computed else 1.0
+@dataclasses.dataclass(frozen=True)
+class Packing:
+    """A plan for rows of these lengths in bins of `width`, of which `at_once` are computed."""
+
+    plan: Plan
+    lengths_QG: np.ndarray
+    width: int
+    at_once: int
+
+    @property
+    def placed(self) -> Placed:
+        return lay_out(self.plan, self.lengths_QG, self.width)
+
+    @property
+    def pieces(self) -> int:
+        """Micro-batches that hold all bins in use."""
+        return -(-self.plan.bins // self.at_once)
+
+    @property
+    def fill(self) -> float:
+        """Share of the computed positions that hold a token; 1 where nothing is computed."""
+        X = self.plan.bin_XR.shape[0]
+        real = int(self.lengths_QG.reshape(X, -1)[self.plan.bin_XR >= 0].sum())
+        computed = self.pieces * self.at_once * self.width * X
+        return real / computed if computed else 1.0

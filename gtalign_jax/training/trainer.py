@@ -22,26 +22,21 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from gtalign_jax.data.batches import PromptBatch, PromptSet
-from gtalign_jax.model.sharding import Layout, param_shardings
+from gtalign_jax.data.batches import PromptSet
+from gtalign_jax.model.sharding import Layout
 from gtalign_jax.model.spec import ModelConfig, Params
 from gtalign_jax.pod import share
 from gtalign_jax.pod.notice import Notice, Preempted
 from gtalign_jax.pod.watch import Watch
-from gtalign_jax.reward.normalizers import normalize
-from gtalign_jax.rollout.filters import Filters
-from gtalign_jax.rollout.sampler import Rollout
-from gtalign_jax.training import grpo as grpo_lib
 from gtalign_jax.training import sft as sft_lib
 from gtalign_jax.training.checkpoint import CheckpointConfig, Checkpointer
-from gtalign_jax.training.collect import Collector, Experience, Verdict, log_rows, summarise
+from gtalign_jax.training.collect import Collector, Experience, log_rows, summarise
 from gtalign_jax.training.compiles import compilations
-from gtalign_jax.training.grpo import Batch, GRPOConfig
-from gtalign_jax.training.logp import cast
-from gtalign_jax.training.metrics import Console, Mean, MetricsWriter, PhaseTimer, RolloutLog
+from gtalign_jax.training.grpo import GRPOConfig
+from gtalign_jax.training.learner import Learner, host_metrics
+from gtalign_jax.training.metrics import Console, MetricsWriter, PhaseTimer, RolloutLog
 from gtalign_jax.training.sft import ExampleSet, SFTConfig
 from gtalign_jax.training.state import TrainState, make_optimizer, named_key, schedule
 
@@ -126,25 +121,6 @@ def _check_finite(stage: str, step: int, metrics: dict[str, float]) -> None:
             )
 
 
-def host_metrics(seen: list[dict[str, dict[str, Any]]]) -> dict[str, float]:
-    """The metrics of a step's updates: means over all their tokens, maxima over all updates."""
-    seen = jax.device_get(seen)
-    out = {}
-    for name in seen[0]["means"]:
-        means = [s["means"][name] for s in seen]
-        out[name] = float(functools.reduce(Mean.merge, means).divide())
-    for name in seen[0]["maxima"]:
-        out[name] = float(max(s["maxima"][name] for s in seen))
-    return out
-
-
-def make_reshard(cfg: ModelConfig, layout: Layout, dtype: Any) -> Callable[[Params], Params]:
-    """The jitted cast and move of the weights to where and how rollout needs them, once a step."""
-    # A copy even where nothing changes: the weights that it was made of will be donated.
-    copy = lambda params: jax.tree.map(jnp.copy, cast(params, dtype))  # noqa: E731
-    return jax.jit(copy, out_shardings=param_shardings(cfg, layout))
-
-
 def train_sft(stage: Stage, fresh: Callable[[], TrainState], abstract: TrainState,
               examples: ExampleSet, *, model: ModelConfig, cfg: SFTConfig, layout: Layout,
               dtype: Any) -> TrainState:
@@ -203,9 +179,10 @@ def train_grpo(stage: Stage, fresh: Callable[[], TrainState], abstract: TrainSta
         with timer("update", step + 1):
             adv_QG = learner.signal(prompts, verdict)
             batch = learner.batch(prompts, rollout, verdict, adv_QG)
-            state, metrics = learner.update(state, reference, batch)
+            plans = learner.plans(verdict, adv_QG, rollout.tokens_QGT.shape[2])
+            state, metrics = learner.update(state, reference, batch, plans)
         with timer("log", step + 1):
-            metrics |= learner.facts(adv_QG, step)
+            metrics |= learner.facts(adv_QG, step, plans)
             metrics |= _log(experience, rollouts, step + 1, rollout.tokens_QGT.shape[2])
         spent = timer.take()
         if "rollout/length" in metrics:
@@ -240,98 +217,3 @@ def _mention_truncation(part: float, limit: int) -> None:
 @functools.cache
 def _warn_once(text: str) -> None:
     log.warning(text)
-
-
-@dataclasses.dataclass(frozen=True)
-class Learner:
-    """The jitted programs of the GRPO stage, made once."""
-
-    cfg: GRPOConfig
-    layout: Layout
-    reshard: Callable[[Params], Params]
-    one_update: Callable[..., Any]
-    logps: Callable[..., jax.Array]
-    advantages: Callable[..., jax.Array]
-    rate: Callable[[int], float]
-
-    @classmethod
-    def make(cls, model: ModelConfig, cfg: GRPOConfig, layout: Layout, rollout: Layout, *,
-             filters: Filters, dtype: Any, steps: int) -> "Learner":
-        """`rollout`, `filters`: where the sampler wants its weights, and what it draws from."""
-        total = steps * cfg.updates_per_step
-        options = {"filters": filters, "dtype": dtype}
-        optimizer = make_optimizer(cfg, total)
-        return cls(
-            cfg=cfg,
-            layout=layout,
-            reshard=make_reshard(model, rollout, dtype),
-            one_update=grpo_lib.make_update(model, cfg, optimizer, layout=layout, **options),
-            logps=grpo_lib.make_logps(model, cfg, layout=layout, **options),
-            advantages=jax.jit(
-                lambda reward, valid: grpo_lib.advantages(
-                    reward, valid, std=cfg.std, epsilon=cfg.adv_epsilon
-                )
-            ),
-            rate=schedule(cfg, total),
-        )
-
-    def signal(self, prompts: PromptBatch, verdict: Verdict) -> np.ndarray:
-        """Advantages `[Q, G]` of the whole batch, on the host.
-
-        A few numbers: every process computes all of them, from the same rewards.
-        """
-        shape = (len(prompts.prompts), -1)
-        G = len(verdict.reward_B) // shape[0]
-        sources = [prompt.data_source for prompt in prompts.prompts for _ in range(G)]
-        reward_B = normalize(self.cfg.normalizer, verdict.reward_B, sources, verdict.valid_B)
-        reward_QG = reward_B.reshape(shape).astype(np.float32)
-        return np.asarray(self.advantages(reward_QG, verdict.valid_B.reshape(shape)))
-
-    def batch(self, prompts: PromptBatch, rollout: Rollout, verdict: Verdict,
-              adv_QG: np.ndarray) -> Batch:
-        """Advantages beside the tokens they are about, on the devices, cut by prompt."""
-        valid_B = verdict.valid_B
-        if self.cfg.mask_truncated:
-            valid_B = valid_B & verdict.stopped_B
-        return grpo_lib.place(Batch(
-            prompt_QS=prompts.tokens_QS,
-            prompt_lengths_Q=prompts.lengths_Q,
-            tokens_QGT=rollout.tokens_QGT,
-            lengths_QG=rollout.lengths_QG,
-            adv_QG=adv_QG,
-            valid_QG=valid_B.reshape(adv_QG.shape),
-            sampler_logp_QGT=rollout.logp_QGT,
-            common=prompts.common,
-        ), self.layout)
-
-    @functools.cached_property
-    def _cut(self) -> Callable[[Batch], list[Batch]]:
-        n = self.cfg.minibatches
-        pieces = lambda batch: [  # noqa: E731
-            jax.tree.map(lambda x, i=i: x[i::n], batch) for i in range(n)
-        ]
-        return jax.jit(pieces, out_shardings=self.layout.sharding("prompts"))
-
-    def update(self, state: TrainState, reference: Params | None,
-               batch: Batch) -> tuple[TrainState, dict[str, float]]:
-        """All optimizer updates of a step: `epochs` passes over `minibatches` pieces."""
-        if self.cfg.old_logp == "sampler":
-            batch = batch.replace(old_logp_QGT=batch.sampler_logp_QGT)
-        elif self.cfg.needs_old_logp:
-            batch = batch.replace(old_logp_QGT=self.logps(state.params, batch))
-        if reference is not None:
-            batch = batch.replace(ref_logp_QGT=self.logps(reference, batch))
-        pieces = [batch] if self.cfg.minibatches == 1 else self._cut(batch)
-        seen = []
-        for piece in pieces * self.cfg.epochs:
-            state, metrics = self.one_update(state, piece)
-            seen.append(metrics)
-        return state, host_metrics(seen)
-
-    def facts(self, adv_QG: np.ndarray, step: int) -> dict[str, float]:
-        """What is known about a step's batch without the model."""
-        return {
-            "grpo/learning_rate": float(self.rate((step + 1) * self.cfg.updates_per_step - 1)),
-            "grpo/adv_abs": float(np.abs(adv_QG).mean()),
-            "grpo/groups_without_signal": float((adv_QG == 0).all(axis=1).mean()),
-        }

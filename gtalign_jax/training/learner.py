@@ -1,0 +1,193 @@
+"""What the trainer does with a step's completions once they are scored.
+
+    rewards --advantages--> Batch (--pack--> Packed) --logps of old policy, reference--> updates
+
+The jitted programs are made once. Packed or padded is a choice of the config alone: both have the
+same loss (`packed`, `grpo`).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gtalign_jax.data.batches import PromptBatch
+from gtalign_jax.model.sharding import Layout, param_shardings
+from gtalign_jax.model.spec import ModelConfig, Params
+from gtalign_jax.pod import share
+from gtalign_jax.reward.normalizers import normalize
+from gtalign_jax.rollout.filters import Filters
+from gtalign_jax.rollout.state import Rollout
+from gtalign_jax.training import grpo as grpo_lib
+from gtalign_jax.training import packed as packed_lib
+from gtalign_jax.training.collect import Verdict
+from gtalign_jax.training.grpo import Batch, GRPOConfig
+from gtalign_jax.training.logp import cast
+from gtalign_jax.training.metrics import Mean
+from gtalign_jax.training.packed import Packed
+from gtalign_jax.training.packing import Packing, Placed, make_plan
+from gtalign_jax.training.state import TrainState, make_optimizer, schedule
+
+
+def host_metrics(seen: list[dict[str, dict[str, Any]]]) -> dict[str, float]:
+    """The metrics of a step's updates: means over all their tokens, maxima over all updates."""
+    seen = jax.device_get(seen)
+    out = {}
+    for name in seen[0]["means"]:
+        means = [s["means"][name] for s in seen]
+        out[name] = float(functools.reduce(Mean.merge, means).divide())
+    for name in seen[0]["maxima"]:
+        out[name] = float(max(s["maxima"][name] for s in seen))
+    return out
+
+
+def make_reshard(cfg: ModelConfig, layout: Layout, dtype: Any) -> Callable[[Params], Params]:
+    """The jitted cast and move of the weights to where and how rollout needs them, once a step."""
+    # A copy even where nothing changes: the weights that it was made of will be donated.
+    copy = lambda params: jax.tree.map(jnp.copy, cast(params, dtype))  # noqa: E731
+    return jax.jit(copy, out_shardings=param_shardings(cfg, layout))
+
+
+@dataclasses.dataclass(frozen=True)
+class Learner:
+    """The jitted programs of the GRPO stage, made once."""
+
+    cfg: GRPOConfig
+    layout: Layout
+    reshard: Callable[[Params], Params]
+    one_update: Callable[..., Any]
+    logps: Callable[..., jax.Array]
+    advantages: Callable[..., jax.Array]
+    rate: Callable[[int], float]
+
+    @classmethod
+    def make(cls, model: ModelConfig, cfg: GRPOConfig, layout: Layout, rollout: Layout, *,
+             filters: Filters, dtype: Any, steps: int) -> "Learner":
+        """`rollout`, `filters`: where the sampler wants its weights, and what it draws from."""
+        total, update_lib = steps * cfg.updates_per_step, packed_lib if cfg.pack else grpo_lib
+        options = {"filters": filters, "dtype": dtype}
+        optimizer = make_optimizer(cfg, total)
+        return cls(
+            cfg=cfg,
+            layout=layout,
+            reshard=make_reshard(model, rollout, dtype),
+            one_update=update_lib.make_update(model, cfg, optimizer, layout=layout, **options),
+            logps=update_lib.make_logps(model, cfg, layout=layout, **options),
+            advantages=jax.jit(
+                lambda reward, valid: grpo_lib.advantages(
+                    reward, valid, std=cfg.std, epsilon=cfg.adv_epsilon
+                )
+            ),
+            rate=schedule(cfg, total),
+        )
+
+    def signal(self, prompts: PromptBatch, verdict: Verdict) -> np.ndarray:
+        """Advantages `[Q, G]` of the whole batch, on the host.
+
+        A few numbers: every process computes all of them, from the same rewards.
+        """
+        shape = (len(prompts.prompts), -1)
+        G = len(verdict.reward_B) // shape[0]
+        sources = [prompt.data_source for prompt in prompts.prompts for _ in range(G)]
+        reward_B = normalize(self.cfg.normalizer, verdict.reward_B, sources, verdict.valid_B)
+        reward_QG = reward_B.reshape(shape).astype(np.float32)
+        return np.asarray(self.advantages(reward_QG, verdict.valid_B.reshape(shape)))
+
+    def batch(self, prompts: PromptBatch, rollout: Rollout, verdict: Verdict,
+              adv_QG: np.ndarray) -> Batch:
+        """Advantages beside the tokens they are about, on the devices, cut by prompt."""
+        valid_B = verdict.valid_B
+        if self.cfg.mask_truncated:
+            valid_B = valid_B & verdict.stopped_B
+        return grpo_lib.place(Batch(
+            prompt_QS=prompts.tokens_QS,
+            prompt_lengths_Q=prompts.lengths_Q,
+            tokens_QGT=rollout.tokens_QGT,
+            lengths_QG=rollout.lengths_QG,
+            adv_QG=adv_QG,
+            valid_QG=valid_B.reshape(adv_QG.shape),
+            sampler_logp_QGT=rollout.logp_QGT,
+            common=prompts.common,
+        ), self.layout)
+
+    @functools.cached_property
+    def _cut(self) -> Callable[[Batch], list[Batch]]:
+        n = self.cfg.minibatches
+        pieces = lambda batch: [  # noqa: E731
+            jax.tree.map(lambda x, i=i: x[i::n], batch) for i in range(n)
+        ]
+        return jax.jit(pieces, out_shardings=self.layout.sharding("prompts"))
+
+    @functools.cached_property
+    def _pack(self) -> Callable[..., Packed]:
+        return jax.jit(functools.partial(packed_lib.pack, grpo=self.cfg))
+
+    def plans(self, verdict: Verdict, adv_QG: np.ndarray, width: int) -> list[Packing]:
+        """Where the completions of each minibatch lie, if they are packed; else nothing.
+
+        Rows that cannot change the gradient are left out: not judged, or without advantage where
+        there is no KL term either.
+        """
+        if not self.cfg.pack:
+            return []
+        valid_B = verdict.valid_B & (verdict.stopped_B | (not self.cfg.mask_truncated))
+        lengths_QG, valid_QG = (x.reshape(adv_QG.shape) for x in (verdict.lengths_B, valid_B))
+        counts_QG = valid_QG & ((adv_QG != 0) | (self.cfg.beta > 0))
+        n, shards = self.cfg.minibatches, self.layout.axis_size("prompts")
+        return [
+            Packing(make_plan(lengths_QG[i::n], counts_QG[i::n], width, self.cfg.pack, shards),
+                    lengths_QG[i::n], width, self.cfg.pack_rows)
+            for i in range(n)
+        ]
+
+    def _placed(self, packing: Packing) -> tuple[Placed, jax.Array]:
+        laid = share.place(packing.placed, self.layout.sharding("prompts"))
+        return laid, share.place(np.int32(packing.pieces), self.layout.sharding())
+
+    def update(self, state: TrainState, reference: Params | None, batch: Batch,
+               plans: Sequence[Packing] = ()) -> tuple[TrainState, dict[str, float]]:
+        """All optimizer updates of a step: `epochs` passes over `minibatches` pieces."""
+        if self.cfg.old_logp == "sampler":
+            batch = batch.replace(old_logp_QGT=batch.sampler_logp_QGT)
+        if plans:
+            pieces = [batch] if self.cfg.minibatches == 1 else self._cut(batch)
+            pieces = [self._pack(piece, *self._placed(plan))
+                      for piece, plan in zip(pieces, plans, strict=True)]
+            pieces = [self._with_logps(state, reference, piece) for piece in pieces]
+        else:
+            batch = self._with_logps(state, reference, batch)
+            pieces = [batch] if self.cfg.minibatches == 1 else self._cut(batch)
+        seen = []
+        for piece in pieces * self.cfg.epochs:
+            state, metrics = self.one_update(state, piece)
+            seen.append(metrics)
+        return state, host_metrics(seen)
+
+    def _with_logps(self, state: TrainState, reference: Params | None,
+                    batch: Batch | Packed) -> Batch | Packed:
+        """With the log-probabilities of the old policy and of the reference, where needed."""
+        new = {}
+        if self.cfg.needs_old_logp:
+            new["old"] = self.logps(state.params, batch)
+        if reference is not None:
+            new["ref"] = self.logps(reference, batch)
+        if isinstance(batch, Packed):
+            more = {f"{name}_logp": logp for name, logp in new.items()}
+            return batch.replace(tokens=batch.tokens.replace(**more))
+        return batch.replace(**{f"{name}_logp_QGT": logp for name, logp in new.items()})
+
+    def facts(self, adv_QG: np.ndarray, step: int, plans: Sequence[Packing] = ()
+              ) -> dict[str, float]:
+        """What is known about a step's batch without the model."""
+        out = {
+            "grpo/learning_rate": float(self.rate((step + 1) * self.cfg.updates_per_step - 1)),
+            "grpo/adv_abs": float(np.abs(adv_QG).mean()),
+            "grpo/groups_without_signal": float((adv_QG == 0).all(axis=1).mean()),
+        }
+        if plans:
+            out["grpo/padding"] = 1 - float(np.mean([plan.fill for plan in plans]))
+        return out
