@@ -37,7 +37,7 @@ def main(argv=None) -> int:
         ])
         began = time.perf_counter()
         batch = learning.batch(args, made, rollout.tokens_QGT, rollout.logp_QGT, reward_QG)
-        loss = made.update(batch)["grpo/loss"]
+        loss = made.update(*batch)["grpo/loss"]
         phases["update"].append(time.perf_counter() - began)
         return loss
 

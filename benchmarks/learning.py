@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -9,8 +10,10 @@ import numpy as np
 from benchmarks import ours
 from benchmarks.peers import shapes
 from gtalign_jax.model.spec import Params
+from gtalign_jax.training.collect import Verdict
 from gtalign_jax.training.grpo import Batch, GRPOConfig, place
-from gtalign_jax.training.learner import Learner
+from gtalign_jax.training.learner import Learner, host_metrics
+from gtalign_jax.training.packing import Packing
 from gtalign_jax.training.state import TrainState, make_optimizer, make_state
 
 
@@ -22,11 +25,11 @@ class Learning:
     state: TrainState
     reference: Params
 
-    def update(self, batch: Batch) -> dict[str, float]:
+    def update(self, batch: Batch, plans: Sequence[Packing] = ()) -> dict[str, float]:
         """Reference log-probabilities, forward and backward, AdamW; the metrics are on the host."""
-        self.state, metrics = self.learner.update(self.state, self.reference, batch)
+        self.state, seen = self.learner.update(self.state, self.reference, batch, plans)
         jax.block_until_ready(self.state)
-        return metrics
+        return host_metrics(seen)
 
 
 def make(args: argparse.Namespace) -> Learning:
@@ -35,7 +38,8 @@ def make(args: argparse.Namespace) -> Learning:
     grpo = GRPOConfig(
         learning_rate=shapes.LEARNING_RATE, beta=shapes.BETA, prompts_per_step=args.prompts,
         samples_per_prompt=args.samples, remat=args.remat,
-        micro_batch_prompts=max(args.micro // args.samples, 1),
+        micro_batch_prompts=max(args.micro // args.samples, 1), pack=args.pack,
+        pack_rows=args.pack_rows,
     )
     sampler = ours.sampler_of(args, rollout).config
     learner = Learner.make(cfg, grpo, train, rollout, filters=sampler.filters, dtype=args.dtype,
@@ -45,13 +49,15 @@ def make(args: argparse.Namespace) -> Learning:
 
 
 def batch(args: argparse.Namespace, learning: Learning, tokens_QGT, logp_QGT,
-          reward_QG: np.ndarray) -> Batch:
+          reward_QG: np.ndarray) -> tuple[Batch, list[Packing]]:
     """What the trainer makes of a rollout and its rewards."""
     ids_QS, lengths_Q = ours.prompts(args)
-    valid_QG = np.ones(reward_QG.shape, bool)
+    valid_QG, lengths_QG = np.ones(reward_QG.shape, bool), ours.lengths(args)
+    adv_QG = np.asarray(learning.learner.advantages(reward_QG.astype(np.float32), valid_QG))
+    verdict = Verdict(reward_QG.reshape(-1), valid_QG.reshape(-1), valid_QG.reshape(-1),
+                      lengths_QG.reshape(-1))
     return place(Batch(
         prompt_QS=ids_QS, prompt_lengths_Q=lengths_Q, tokens_QGT=tokens_QGT,
-        lengths_QG=ours.lengths(args), valid_QG=valid_QG, sampler_logp_QGT=logp_QGT,
-        adv_QG=np.asarray(learning.learner.advantages(reward_QG.astype(np.float32), valid_QG)),
+        lengths_QG=lengths_QG, valid_QG=valid_QG, sampler_logp_QGT=logp_QGT, adv_QG=adv_QG,
         common=args.common_prefix,
-    ), learning.learner.layout)
+    ), learning.learner.layout), learning.learner.plans(verdict, adv_QG, args.new_tokens)

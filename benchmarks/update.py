@@ -22,8 +22,11 @@ def main(argv=None) -> int:
     tokens_QGT = draw.integers(5, ours.model_of(args.size).vocab_size, (*shape, args.new_tokens))
     logp_QGT = np.full(tokens_QGT.shape, -8.0, np.float32)
     batch = learning.batch(args, made, tokens_QGT.astype(np.int32), logp_QGT, draw.random(shape))
+    padded = float(ours.lengths(args).mean()) / args.new_tokens
+    fill = float(np.mean([plan.fill for plan in batch[1]])) if args.pack else padded
     ours.report("gtalign_jax update", args, "update",
-                ours.timed(args, lambda _: made.update(batch)["grpo/loss"]))
+                ours.timed(args, lambda _: made.update(*batch)["grpo/loss"]),
+                padding=round(1 - fill, 4))
     return 0
 
 

@@ -79,8 +79,8 @@ class Config:
 # Keys that change how fast or where a run computes, not what; a checkpoint may outlive them.
 _CIRCUMSTANCES = re.compile(
     r"workdir|stages|(mesh|checkpoint|evaluate|pod|track)\..*"
-    r"|model\.attention|rollout\.micro_batch_prompts"
-    r"|(sft|grpo)\.(micro_batch\w*|logit_chunk|remat|log_every)"
+    r"|model\.attention|rollout\.(micro_batch_prompts|shrink|smallest)"
+    r"|(sft|grpo)\.(micro_batch\w*|pack\w*|logit_chunk|remat|log_every)"
     r"|judge\.(base_url|api_key_env|concurrency|timeout_s|retries)"
     r"|data\.(test|test_size)"
 )

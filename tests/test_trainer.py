@@ -66,13 +66,14 @@ def whole(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(collect, "decode", runs.fluent)
         patch.setattr(session_lib, "make_judge", flaky_judge)
-        place = grpo.place
+        scored = Learner.scored
 
-        def spy(batch, layout):
+        def spy(*args):
+            batch = scored(*args)
             batches.append(jax.device_get(batch))
-            return place(batch, layout)
+            return batch
 
-        patch.setattr(grpo, "place", spy)
+        patch.setattr(Learner, "scored", spy)
         results = run_lib.run(runs.config(workdir, **EVALUATED))
     return types.SimpleNamespace(workdir=workdir, results=results, batches=batches)
 
@@ -284,7 +285,10 @@ def batch(learner, reward_B, valid_B, stopped_QG, sources):
     )
     verdict = Verdict(np.array(reward_B), np.array(valid_B), stopped_QG.reshape(-1),
                       np.asarray(rollout.lengths_QG).reshape(-1))
-    return learner.batch(prompts, rollout, verdict, learner.signal(prompts, verdict))
+    made = dataclasses.replace(learner, logps=lambda params, batch: batch.sampler_logp_QGT).begin(
+        State(0), None, prompts, rollout
+    )
+    return learner.scored(made, verdict, learner.signal(prompts, verdict))
 
 
 REWARDS = [1.0, 0.0] * 8

@@ -97,22 +97,35 @@ class Learner:
         reward_QG = reward_B.reshape(shape).astype(np.float32)
         return np.asarray(self.advantages(reward_QG, verdict.valid_B.reshape(shape)))
 
-    def batch(self, prompts: PromptBatch, rollout: Rollout, verdict: Verdict,
-              adv_QG: np.ndarray) -> Batch:
-        """Advantages beside the tokens they are about, on the devices, cut by prompt."""
-        valid_B = verdict.valid_B
-        if self.cfg.mask_truncated:
-            valid_B = valid_B & verdict.stopped_B
-        return grpo_lib.place(Batch(
+    def begin(self, state: TrainState, reference: Params | None, prompts: PromptBatch,
+              rollout: Rollout) -> Batch:
+        """The batch without its scores, on the devices, cut by prompt.
+
+        What needs no score is under way: log-probabilities of the old policy and of the reference,
+        unless completions will be packed, which takes the scores.
+        """
+        shape = rollout.lengths_QG.shape
+        batch = grpo_lib.place(Batch(
             prompt_QS=prompts.tokens_QS,
             prompt_lengths_Q=prompts.lengths_Q,
             tokens_QGT=rollout.tokens_QGT,
             lengths_QG=rollout.lengths_QG,
-            adv_QG=adv_QG,
-            valid_QG=valid_B.reshape(adv_QG.shape),
+            adv_QG=np.zeros(shape, np.float32),
+            valid_QG=np.ones(shape, bool),
             sampler_logp_QGT=rollout.logp_QGT,
             common=prompts.common,
         ), self.layout)
+        return batch if self.cfg.pack else self._with_logps(state, reference, batch)
+
+    def scored(self, batch: Batch, verdict: Verdict, adv_QG: np.ndarray) -> Batch:
+        """Advantages beside the tokens they are about."""
+        valid_QG = self._valid(verdict).reshape(adv_QG.shape)
+        adv_QG, valid_QG = share.place((adv_QG, valid_QG), self.layout.sharding("prompts"))
+        return batch.replace(adv_QG=adv_QG, valid_QG=valid_QG)
+
+    def _valid(self, verdict: Verdict) -> np.ndarray:
+        """Completions that are in the loss."""
+        return verdict.valid_B & (verdict.stopped_B | (not self.cfg.mask_truncated))
 
     @functools.cached_property
     def _cut(self) -> Callable[[Batch], list[Batch]]:
@@ -134,8 +147,9 @@ class Learner:
         """
         if not self.cfg.pack:
             return []
-        valid_B = verdict.valid_B & (verdict.stopped_B | (not self.cfg.mask_truncated))
-        lengths_QG, valid_QG = (x.reshape(adv_QG.shape) for x in (verdict.lengths_B, valid_B))
+        lengths_QG, valid_QG = (
+            x.reshape(adv_QG.shape) for x in (verdict.lengths_B, self._valid(verdict))
+        )
         counts_QG = valid_QG & ((adv_QG != 0) | (self.cfg.beta > 0))
         n, shards = self.cfg.minibatches, self.layout.axis_size("prompts")
         return [
@@ -149,36 +163,40 @@ class Learner:
         return laid, share.place(np.int32(packing.pieces), self.layout.sharding())
 
     def update(self, state: TrainState, reference: Params | None, batch: Batch,
-               plans: Sequence[Packing] = ()) -> tuple[TrainState, dict[str, float]]:
-        """All optimizer updates of a step: `epochs` passes over `minibatches` pieces."""
-        if self.cfg.old_logp == "sampler":
-            batch = batch.replace(old_logp_QGT=batch.sampler_logp_QGT)
+               plans: Sequence[Packing] = ()) -> tuple[TrainState, list[dict[str, Any]]]:
+        """All optimizer updates of a step: `epochs` passes over `minibatches` pieces.
+
+        Returns (state, each update's metrics); nothing is waited for.
+        """
+        if not plans:
+            batch = self._with_logps(state, reference, batch)
+        pieces = [batch] if self.cfg.minibatches == 1 else self._cut(batch)
         if plans:
-            pieces = [batch] if self.cfg.minibatches == 1 else self._cut(batch)
             pieces = [self._pack(piece, *self._placed(plan))
                       for piece, plan in zip(pieces, plans, strict=True)]
             pieces = [self._with_logps(state, reference, piece) for piece in pieces]
-        else:
-            batch = self._with_logps(state, reference, batch)
-            pieces = [batch] if self.cfg.minibatches == 1 else self._cut(batch)
         seen = []
         for piece in pieces * self.cfg.epochs:
             state, metrics = self.one_update(state, piece)
             seen.append(metrics)
-        return state, host_metrics(seen)
+        return state, seen
 
     def _with_logps(self, state: TrainState, reference: Params | None,
                     batch: Batch | Packed) -> Batch | Packed:
-        """With the log-probabilities of the old policy and of the reference, where needed."""
+        """With the log-probabilities of the old policy and of the reference, if they are needed and
+        not there yet."""
+        packed = isinstance(batch, Packed)
+        tokens, end = (batch.tokens, "") if packed else (batch, "_QGT")
+        old, ref, sampler = (f"{name}_logp{end}" for name in ("old", "ref", "sampler"))
         new = {}
-        if self.cfg.needs_old_logp:
-            new["old"] = self.logps(state.params, batch)
-        if reference is not None:
-            new["ref"] = self.logps(reference, batch)
-        if isinstance(batch, Packed):
-            more = {f"{name}_logp": logp for name, logp in new.items()}
-            return batch.replace(tokens=batch.tokens.replace(**more))
-        return batch.replace(**{f"{name}_logp_QGT": logp for name, logp in new.items()})
+        if getattr(tokens, old) is None and self.cfg.old_logp == "sampler":
+            new[old] = getattr(tokens, sampler)
+        elif getattr(tokens, old) is None and self.cfg.needs_old_logp:
+            new[old] = self.logps(state.params, batch)
+        if getattr(tokens, ref) is None and reference is not None:
+            new[ref] = self.logps(reference, batch)
+        tokens = tokens.replace(**new)
+        return batch.replace(tokens=tokens) if packed else tokens
 
     def facts(self, adv_QG: np.ndarray, step: int, plans: Sequence[Packing] = ()
               ) -> dict[str, float]:

@@ -172,18 +172,21 @@ def train_grpo(stage: Stage, fresh: Callable[[], TrainState], abstract: TrainSta
             policy = learner.reshard(state.params)
             rollout = collect.roll(policy, prompts, named_key(key, "rollout", step))
             del policy  # the rollout's copy of the weights: the update needs its place
+            batch = learner.begin(state, reference, prompts, rollout)  # while the host scores
             own = collect.fetch(rollout)
         with timer("reward", step + 1):
             experience = collect.assess(prompts, *own)
             verdict = experience.verdict()
         with timer("update", step + 1):
             adv_QG = learner.signal(prompts, verdict)
-            batch = learner.batch(prompts, rollout, verdict, adv_QG)
             plans = learner.plans(verdict, adv_QG, rollout.tokens_QGT.shape[2])
-            state, metrics = learner.update(state, reference, batch, plans)
-        with timer("log", step + 1):
-            metrics |= learner.facts(adv_QG, step, plans)
+            batch = learner.scored(batch, verdict, adv_QG)
+            state, seen = learner.update(state, reference, batch, plans)
+        with timer("log", step + 1):  # while the devices update
+            metrics = learner.facts(adv_QG, step, plans)
             metrics |= _log(experience, rollouts, step + 1, rollout.tokens_QGT.shape[2])
+        with timer("update", step + 1):
+            metrics |= host_metrics(seen)
         spent = timer.take()
         if "rollout/length" in metrics:
             tokens = metrics["rollout/length"] * adv_QG.size
