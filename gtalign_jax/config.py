@@ -80,7 +80,7 @@ class Config:
 _CIRCUMSTANCES = re.compile(
     r"workdir|stages|(mesh|checkpoint|evaluate|pod|track)\..*"
     r"|model\.attention|rollout\.(micro_batch_prompts|shrink|smallest)"
-    r"|(sft|grpo)\.(micro_batch\w*|pack\w*|logit_chunk|remat|log_every)"
+    r"|(sft|grpo)\.(micro_batch\w*|pack\w*|logit_chunk|remat|log_every|profile_step)"
     r"|judge\.(base_url|api_key_env|concurrency|timeout_s|retries)"
     r"|data\.(test|test_size)"
 )

@@ -195,8 +195,12 @@ class Session(Bench):
         self.push()
 
     def stage(self, name: str, steps: int, checkpoints: Checkpointer, log_every: int = 1) -> Stage:
+        trace = (0, "")
+        if name == "grpo":
+            trace = (self.config.grpo.profile_step, f"{self.files.directory}/profile")
         return Stage(name, steps, self.config.seed, checkpoints, self.config.checkpoint,
-                     self.metrics, self.console, self.watch, self.notice, self.push, log_every)
+                     self.metrics, self.console, self.watch, self.notice, self.push, log_every,
+                     trace)
 
 
 def open_bench(config: Config, watch: Watch, tokenizer_dir: str) -> Bench:

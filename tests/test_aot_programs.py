@@ -79,9 +79,9 @@ def test_what_lies_on_a_chip_when_a_program_is_called_is_its_arguments_and_resid
     seen = collections.defaultdict(list)
 
     def spying(name, function):
-        def call(*args):
+        def call(*args, **options):
             seen[name(*args) if callable(name) else name].append(on_first_chip())
-            return function(*args)
+            return function(*args, **options)
 
         return call
 

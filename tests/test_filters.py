@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from gtalign_jax.rollout import filters
+from gtalign_jax.rollout.draws import draw
 from gtalign_jax.rollout.filters import Filters
-from gtalign_jax.rollout.sampler import draw
 
 
 def kept(logits, **options):

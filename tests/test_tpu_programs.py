@@ -68,7 +68,7 @@ def test_the_update_holds_neither_scores_nor_logits(tmp_path):
     have, nor one beside the vocabulary's. A chunk of logits has 64 positions."""
     program, _ = program_of(
         tmp_path, "update", "v5e-1", grpo__prompts_per_step=1, rollout__max_new_tokens=384,
-        model__d_ff=320, model__num_layers=2,
+        model__d_ff=320, model__num_layers=2, model__num_heads=2, model__num_kv_heads=1,
     )
     text = program.lower().compile().as_text()
     found = re.findall(r"[a-z0-9]+\[([\d,]+)\]", text)

@@ -110,12 +110,15 @@ def test_a_run_that_packs_its_completions_learns_as_one_that_pads_them(whole, tm
                                                                        monkeypatch):
     monkeypatch.setattr(collect, "decode", runs.fluent)
     monkeypatch.setattr(session_lib, "make_judge", flaky_judge)
-    run_lib.run(runs.config(tmp_path, **EVALUATED, **{"grpo.pack": 2}))
+    run_lib.run(runs.config(tmp_path, **EVALUATED, **{"grpo.pack": 2, "grpo.profile_step": 2}))
     padded, packed = (runs.metrics(workdir, "grpo") for workdir in (whole.workdir, tmp_path))
     for a, b in zip(padded, packed, strict=True):
         for name in ("grpo/loss", "grpo/grad_norm", "grpo/kl", "grpo/entropy", "rollout/logp_gap"):
             assert b[name] == pytest.approx(a[name], rel=2e-3, abs=1e-5), name
         assert 0 <= b["grpo/padding"] < 1 and "grpo/padding" not in a
+    traces = list((tmp_path / "profile").rglob("*.xplane.pb"))
+    assert len(traces) == 1
+    assert all(phase in traces[0].read_bytes() for phase in (b"rollout", b"reward", b"update"))
 
 
 def test_phases_add_up_to_the_step(whole):

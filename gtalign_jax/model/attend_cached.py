@@ -8,9 +8,11 @@
 One softmax over all of it, taken part by part: a running maximum, the sum and the weighted values
 are corrected whenever a part brings a larger score (Milakov and Gimelshein, arXiv 1805.02867). So
 no two parts are ever joined into one array, and of the own caches only the blocks that hold
-something are read. Keys lie transposed, values as they are, and every product is one of batches of
-matrices, as matrix libraries want them. The softmax is float32. This module knows no weights.
+something are read. Keys lie transposed and values as they are, as matrix products want them. The
+softmax is float32. This module knows no weights.
 """
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -66,60 +68,67 @@ def _join(a: Running, b: Running) -> Running:
                    a.out_QGKMH * of_a[..., None] + b.out_QGKMH * of_b[..., None])
 
 
-def _part(q_BMH, k_BHC, v_BCH, seen_BMC=None) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(top `[B, M]`, total, out `[B, M, H]`) of one part.
+def _part(q, k, v, seen=None, *, flat: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(top `[…, M]`, total, out `[…, M, H]`) of one part: q `[…, M, H]`, k `[…, H, C]`, v
+    `[…, C, H]`, seen `[…, 1 or M, C]`.
 
     Where nothing is seen, what comes out is scaled to nothing by a part with a real key, and the
     tokens fed are always such a part.
+
+    flat: as one axis of matrices, which is what a CPU's kernels are fast at. Axes that are cut over
+    devices cannot be joined without gathering them.
     """
-    f32 = jnp.float32
-    scores = jnp.einsum("BMH,BHC->BMC", q_BMH, k_BHC, preferred_element_type=f32)
-    if seen_BMC is not None:
-        scores = jnp.where(seen_BMC, scores, NEG)
+    before, f32 = q.shape[:-2], jnp.float32
+    if flat:
+        seen = None if seen is None else jnp.broadcast_to(seen, (*before, *seen.shape[-2:]))
+        q, k, v, seen = jax.tree.map(
+            lambda x: x.reshape(math.prod(before), *x.shape[-2:]), (q, k, v, seen))
+    scores = jnp.einsum("...MH,...HC->...MC", q, k, preferred_element_type=f32)
+    if seen is not None:
+        scores = jnp.where(seen, scores, NEG)
     top = scores.max(axis=-1)
     weights = jnp.exp(scores - top[..., None])
-    out = jnp.einsum("BMC,BCH->BMH", weights.astype(v_BCH.dtype), v_BCH,
-                     preferred_element_type=f32)
-    return top, weights.sum(axis=-1), out
+    out = jnp.einsum("...MC,...CH->...MH", weights.astype(v.dtype), v, preferred_element_type=f32)
+    return tuple(x.reshape(*before, *x.shape[q.ndim - 2 :])
+                 for x in (top, weights.sum(axis=-1), out))
 
 
-def new(q_QGKMH, k_QGFKH, v_QGFKH) -> Running:
+def new(q_QGKMH, k_QGFKH, v_QGFKH, flat: bool) -> Running:
     """The tokens fed: each sees itself and those before it."""
-    (Q, G, K, M, H), F = q_QGKMH.shape, k_QGFKH.shape[2]
-    k = jnp.einsum("QGFKH->QGKHF", k_QGFKH).reshape(Q * G * K, H, F)
-    v = jnp.einsum("QGFKH->QGKFH", v_QGFKH).reshape(Q * G * K, F, H)
+    M, F = q_QGKMH.shape[3], k_QGFKH.shape[2]
     query_M = jnp.tile(jnp.arange(F), M // F)
-    seen = (jnp.arange(F)[None, :] <= query_M[:, None])[None] if F > 1 else None
-    part = _part(q_QGKMH.reshape(Q * G * K, M, H), k, v, seen)
-    return Running(*(x.reshape(Q, G, K, M, *x.shape[2:]) for x in part))
+    seen_MF = jnp.arange(F)[None, :] <= query_M[:, None]
+    seen = jnp.expand_dims(seen_MF, (0, 1, 2)) if F > 1 else None
+    return Running(*_part(q_QGKMH, jnp.einsum("QGFKH->QGKHF", k_QGFKH),
+                          jnp.einsum("QGFKH->QGKFH", v_QGFKH), seen, flat=flat))
 
 
-def add_shared(running: Running, q_QGKMH, k_AKHS, v_AKSH, seen_AS=None) -> Running:
+def add_shared(running: Running, q_QGKMH, k_AKHS, v_AKSH, seen_AS=None, *,
+               flat: bool) -> Running:
     """A part that is shared: every Q / A groups one after the other read one copy.
 
     A = Q for prompts, of which `seen_AS` is real; the number of batch shards for the prefix.
     """
-    (Q, G, K, M, H), (A, _, _, S) = q_QGKMH.shape, k_AKHS.shape
+    (Q, G, K, M, H), A = q_QGKMH.shape, k_AKHS.shape[0]
     rows = Q * G // A
-    q = q_QGKMH.reshape(A, rows, K, M, H).swapaxes(1, 2).reshape(A * K, rows * M, H)
-    seen = None
-    if seen_AS is not None:
-        seen = jnp.broadcast_to(seen_AS[:, None, None], (A, K, 1, S)).reshape(A * K, 1, S)
-    part = _part(q, k_AKHS.reshape(A * K, H, S), v_AKSH.reshape(A * K, S, H), seen)
+    q = q_QGKMH.reshape(A, rows, K, M, H).swapaxes(1, 2).reshape(A, K, rows * M, H)
+    seen = None if seen_AS is None else seen_AS[:, None, None]
+    part = _part(q, k_AKHS, v_AKSH, seen, flat=flat)
 
     def by_row(x: jax.Array) -> jax.Array:
-        x = x.reshape(A, K, rows, M, *x.shape[2:]).swapaxes(1, 2)
+        x = x.reshape(A, K, rows, M, *x.shape[3:]).swapaxes(1, 2)
         return x.reshape(Q, G, K, M, *x.shape[4:])
 
     return _join(running, Running(*map(by_row, part)))
 
 
-def add_own(running: Running, q_QGKMH, k_LABKHC, v_LABKCH, layer, before_QG) -> Running:
+def add_own(running: Running, q_QGKMH, k_LABKHC, v_LABKCH, layer, before_QG, *,
+            flat: bool) -> Running:
     """The rows' own positions before `before_QG` (it may broadcast), block by block.
 
     The rows are the first of each of the A parts of the caches: Q G = A b with b <= B.
     """
-    (Q, G, K, M, H), (_, A, _, _, _, C) = q_QGKMH.shape, k_LABKHC.shape
+    (Q, G, K, _, H), (_, A, _, _, _, C) = q_QGKMH.shape, k_LABKHC.shape
     block, rows = own_block(C), Q * G // A
 
     def add(i, running: Running) -> Running:
@@ -127,11 +136,9 @@ def add_own(running: Running, q_QGKMH, k_LABKHC, v_LABKCH, layer, before_QG) -> 
         k = jax.lax.dynamic_slice(k_LABKHC, (layer, 0, 0, 0, 0, at), (1, A, rows, K, H, block))
         v = jax.lax.dynamic_slice(v_LABKCH, (layer, 0, 0, 0, at, 0), (1, A, rows, K, block, H))
         seen_QGC = jnp.expand_dims(at + jnp.arange(block), (0, 1)) < before_QG[..., None]
-        seen = jnp.broadcast_to(seen_QGC[:, :, None], (*seen_QGC.shape[:2], K, block))
-        seen = jnp.broadcast_to(seen, (Q, G, K, block)).reshape(Q * G * K, 1, block)
-        part = _part(q_QGKMH.reshape(Q * G * K, M, H), k.reshape(Q * G * K, H, block),
-                     v.reshape(Q * G * K, block, H), seen)
-        return _join(running, Running(*(x.reshape(Q, G, K, M, *x.shape[2:]) for x in part)))
+        part = _part(q_QGKMH, k.reshape(Q, G, K, H, block), v.reshape(Q, G, K, block, H),
+                     seen_QGC[:, :, None, None], flat=flat)
+        return _join(running, Running(*part))
 
     if C == block:
         return add(0, running)

@@ -6,6 +6,7 @@ Leading axes are anything: positions of a prompt, or one token of every row. Sof
 float32; the rest runs in the dtype of the weights. Who attends to whom is the caller's.
 """
 
+import functools
 import math
 
 import jax
@@ -106,27 +107,32 @@ def fuse(w: Layers) -> Fused:
     )
 
 
-@jax.custom_vjp
-def linear(x: jax.Array, w: jax.Array) -> jax.Array:
-    """`x[..., D] @ w[D, F]`, with the weight's gradient in the weight's own layout.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def product(x: jax.Array, w: jax.Array, axes: str) -> jax.Array:
+    """`einsum(axes, x, w)`, with the weight's gradient written in the weight's own layout.
 
     What autodiff writes down is its transpose, for which a CPU turns over all of y's gradient.
     """
-    return jnp.einsum("...D,DF->...F", x, w)
+    return jnp.einsum(axes, x, w)
 
 
-def _linear_backward(kept, grad: jax.Array):
-    x, w = kept
-    return (jnp.einsum("...F,DF->...D", grad, w), jnp.einsum("...D,...F->DF", x, grad))
+def _product_backward(axes: str, kept, grad: jax.Array):
+    (x, w), (inputs, of_y) = kept, axes.split("->")
+    of_x, of_w = inputs.split(",")
+    return (jnp.einsum(f"{of_y},{of_w}->{of_x}", grad, w),
+            jnp.einsum(f"{of_x},{of_y}->{of_w}", x, grad))
 
 
-linear.defvjp(lambda x, w: (linear(x, w), (x, w)), _linear_backward)
+product.defvjp(lambda x, w, axes: (product(x, w, axes), (x, w)), _product_backward)
+
+
+def _linear(x: jax.Array, w: jax.Array) -> jax.Array:
+    return product(x, w, "...D,DF->...F")
 
 
 def _project(x: jax.Array, w: jax.Array, bias: jax.Array | None) -> jax.Array:
     """`x[..., D] @ w[D, heads, H] (+ bias)` -> `[..., heads, H]`."""
-    D, N, H = w.shape
-    y = linear(x, w.reshape(D, N * H)).reshape(*x.shape[:-1], N, H)
+    y = product(x, w, "...D,DNH->...NH")
     return y if bias is None else y + jnp.expand_dims(bias, tuple(range(y.ndim - 2)))
 
 
@@ -135,7 +141,7 @@ def _heads(x: jax.Array, w: Layers | Fused, cfg: ModelConfig) -> list[jax.Array]
     if isinstance(w, Layers):
         return [_project(x, w.q_LDNH, w.q_bias_LNH), _project(x, w.k_LDKH, w.k_bias_LKH),
                 _project(x, w.v_LDKH, w.v_bias_LKH)]
-    y = linear(x, w.qkv_DM)
+    y = _linear(x, w.qkv_DM)
     if w.qkv_bias_M is not None:
         y = y + jnp.expand_dims(w.qkv_bias_M, tuple(range(y.ndim - 1)))
     N, K, H = cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
@@ -156,11 +162,15 @@ def qkv(x: jax.Array, w: Layers | Fused, cfg: ModelConfig, cos: jax.Array, sin: 
 
 def finish(x: jax.Array, attended: jax.Array, w: Layers | Fused, cfg: ModelConfig) -> jax.Array:
     """Output projection, residual, and the gated feed-forward."""
-    o_MD = w.o_LNHD.reshape(-1, x.shape[-1]) if isinstance(w, Layers) else w.o_MD
-    x = x + linear(attended.reshape(*attended.shape[:-3], -1), o_MD)
+    before = attended.shape[:-3]
+    if isinstance(w, Layers):
+        attended = attended.reshape(*before, cfg.num_heads, cfg.head_dim)
+        x = x + product(attended, w.o_LNHD, "...NH,NHD->...D")
+    else:
+        x = x + _linear(attended.reshape(*before, -1), w.o_MD)
     y = rms_norm(x, w.mlp_norm_LD, cfg.norm_eps)
     if isinstance(w, Layers):
-        gate, up = linear(y, w.gate_LDF), linear(y, w.up_LDF)
+        gate, up = _linear(y, w.gate_LDF), _linear(y, w.up_LDF)
     else:
-        gate, up = jnp.split(linear(y, w.gate_up_DF), 2, axis=-1)
-    return x + linear(jax.nn.silu(gate) * up, w.down_LFD)
+        gate, up = jnp.split(_linear(y, w.gate_up_DF), 2, axis=-1)
+    return x + _linear(jax.nn.silu(gate) * up, w.down_LFD)

@@ -190,17 +190,17 @@ def _cached(model: Model, cfg: ModelConfig, prompt: PromptCache, k: Cache, v: Ca
     F = tokens_QGF.shape[2]
     at_QGF = prompt.lengths_Q[:, None, None] + start_QG[..., None] + jnp.arange(F)[None, None]
     cos, sin = (x.at[at_QGF].get(mode="clip") for x in (model.cos_S1H, model.sin_S1H))
-    mask_QS = prompt.mask_QS
+    mask_QS, flat = prompt.mask_QS, len(k) > 1
 
     def block(x_QGFD, w, shared, caches, layer):
         q, new_k, new_v = qkv(x_QGFD, w, cfg, cos, sin)
         prompt_k, prompt_v, common = shared
         q_QGKMH = attend_cached.queries(q)
-        running = attend_cached.new(q_QGKMH, new_k, new_v)
+        running = attend_cached.new(q_QGKMH, new_k, new_v, flat)
         if common is not None:
-            running = attend_cached.add_shared(running, q_QGKMH, *common)
-        running = attend_cached.add_shared(running, q_QGKMH, prompt_k, prompt_v, mask_QS)
-        running = attend_cached.add_own(running, q_QGKMH, *caches, layer, start_QG)
+            running = attend_cached.add_shared(running, q_QGKMH, *common, flat=flat)
+        running = attend_cached.add_shared(running, q_QGKMH, prompt_k, prompt_v, mask_QS, flat=flat)
+        running = attend_cached.add_own(running, q_QGKMH, *caches, layer, start_QG, flat=flat)
         x_QGFD = finish(x_QGFD, attend_cached.finish(running, F, q.dtype), w, cfg)
         return x_QGFD, (new_k, new_v)
 

@@ -77,6 +77,7 @@ class GRPOConfig(OptimizerConfig):
     truncated_is: float = 0.0  # cap of exp(trainer logp - sampler logp); 0: off
     mask_truncated: bool = False  # keep completions cut at the limit out of the loss
     logit_chunk: int = 128
+    profile_step: int = 0  # of this step a trace is written to WORKDIR/profile; 0: of none
     pack: int = 0  # groups whose completions may share a row of the update; 0: all are padded
     pack_rows: int = 1  # packed rows per forward/backward and batch shard
     remat: str = "none"  # what the backward pass computes anew: model.forward.REMAT_POLICIES

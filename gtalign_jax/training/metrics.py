@@ -75,7 +75,8 @@ class PhaseTimer:
     def __call__(self, phase: str, step: int | None = None) -> Iterator[None]:
         began = time.perf_counter()
         try:
-            with self._watch.phase(phase, step) if self._watch else contextlib.nullcontext():
+            watched = self._watch.phase(phase, step) if self._watch else contextlib.nullcontext()
+            with watched, jax.profiler.TraceAnnotation(phase):
                 yield
         finally:
             spent = time.perf_counter() - began

@@ -14,6 +14,7 @@ Data and randomness are functions of (key, step), so a stage that was killed rep
 checkpoint exactly.
 """
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -60,6 +61,7 @@ class Stage:
     notice: Notice
     push: Callable[[], None] = lambda: None  # what is to be done with the files before each save
     log_every: int = 1  # steps between lines on the console; the files get every step
+    trace: tuple[int, str] = (0, "")  # the step of which a profile is written, and where
 
     def resume(self, fresh: Callable[[], TrainState],
                abstract: TrainState) -> tuple[TrainState, jax.Array, int]:
@@ -89,7 +91,8 @@ class Stage:
         """
         with self.notice, self.console.stage(self.name, self.steps, done):
             for step in range(done, self.steps):
-                state, metrics = step_fn(state, step)
+                with self._traced(step + 1):
+                    state, metrics = step_fn(state, step)
                 metrics["perf/compilations"] = compilations()
                 self.metrics.write(self.name, step + 1, metrics)
                 if (step + 1) % self.log_every == 0 or step + 1 == self.steps:
@@ -110,6 +113,11 @@ class Stage:
         with self.watch.phase("save", self.steps):
             self.checkpoints.wait()
         return state
+
+    def _traced(self, step: int) -> contextlib.AbstractContextManager:
+        """Profiles the step, if it is the one."""
+        wanted, directory = self.trace
+        return jax.profiler.trace(directory) if step == wanted else contextlib.nullcontext()
 
 
 def _check_finite(stage: str, step: int, metrics: dict[str, float]) -> None:
