@@ -19,6 +19,12 @@ The only legend of dimension letters. Arrays in jitted code end in theirs (`logi
     F feed-forward width  N query heads         K key/value heads       R = N / K
     H head size           U user actions (VQ, DQ)                       A LLM actions (DA, CQ, AQ)
     P players (LLM, user)                       C reward factors
+
+Inside the model, rollout and update, where nobody plays or scores:
+
+    P prefix that all prompts share             C keys attended to, or positions of a cache
+    W positions of a group, or of a bin         M rows of a matrix: whatever else is joined
+    X batch shards        N bins of one shard   m groups in one bin
 """
 
 import os

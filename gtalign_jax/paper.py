@@ -173,6 +173,7 @@ def _set_layout(c: config_dict.ConfigDict, fit: Fit) -> None:
     c.mesh.tensor = fit.tensor
     c.grpo.micro_batch_prompts = fit.update_prompts
     c.rollout.micro_batch_prompts = fit.rollout_prompts
+    c.rollout.smallest = 8  # fewer rows take a chip as long
     # A row of the cold start is as long as a prompt with one of its 8 completions, or shorter.
     c.sft.micro_batch_size = fit.update_prompts * SAMPLES
     c.grpo.remat = c.sft.remat = fit.remat

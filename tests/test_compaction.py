@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
+from gtalign_jax.model import attend_cached
 from gtalign_jax.model.sharding import ROLLOUT, Layout, MeshConfig, make_mesh, param_shardings
 from gtalign_jax.rollout.compaction import batch_sizes
 from gtalign_jax.rollout.sampler import SamplerConfig, make_sampler
@@ -75,11 +76,21 @@ def test_every_device_shrinks_its_own_share_of_the_rows():
     assert eight.slots == slots
 
 
-def test_rows_that_fill_several_blocks_of_their_caches_shrink_alike():
-    """Caches beyond 128 positions are read in blocks."""
-    plain, small = (sample(shrink, T=150, stop_ids=(3,)) for shrink in (0.0, 0.5))
+@pytest.mark.parametrize("devices", [1, 8])
+def test_rows_that_fill_several_blocks_of_their_caches_are_those_of_one_block(devices, monkeypatch):
+    """Beyond 128 positions caches are read in blocks: arrays of their own where layers are
+    unrolled, parts of one where they are not."""
+    small = sample(0.5, T=150, stop_ids=(3,), devices=devices)
+    monkeypatch.setattr(attend_cached, "SMALLEST_BLOCK", 256)
+    plain = sample.__wrapped__(0.0, T=150, stop_ids=(3,))
     assert plain.lengths_QG.max() == 150 and plain.lengths_QG.min() < 20
     assert_same(small, plain)
+
+
+def test_a_cache_of_many_blocks_is_one_array_read_in_parts(monkeypatch):
+    monkeypatch.setattr(attend_cached, "SMALLEST_BLOCK", 4)
+    assert attend_cached.own_pieces(T) == 1 and attend_cached.own_block(T) == 4
+    assert_same(sample.__wrapped__(0.5), sample(0.0))
 
 
 def test_all_rows_at_the_limit_never_shrink():

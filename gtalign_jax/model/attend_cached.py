@@ -13,6 +13,7 @@ softmax is float32. This module knows no weights.
 """
 
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from gtalign_jax.model.attend_dense import NEG
 
 SMALLEST_BLOCK = 128  # positions of the own caches that are read at a time,
 MOST_BLOCKS = 8  # or more, so that they are not read in more blocks than this
+MOST_PIECES = 4  # arrays of a layer's own cache: each of them is compiled by itself
 
 
 @struct.dataclass
@@ -39,6 +41,11 @@ class Running:
 def own_block(C: int) -> int:
     """Positions of an own cache of C that are read at a time."""
     return min(C, -(-C // (MOST_BLOCKS * SMALLEST_BLOCK)) * SMALLEST_BLOCK)
+
+
+def own_pieces(T: int) -> int:
+    """Arrays that a layer's own cache is cut into where layers are unrolled."""
+    return own_width(T) // own_block(T) if T <= MOST_PIECES * SMALLEST_BLOCK else 1
 
 
 def own_width(T: int) -> int:
@@ -120,6 +127,19 @@ def add_shared(running: Running, q_QGKMH, k_AKHS, v_AKSH, seen_AS=None, *,
         return x.reshape(Q, G, K, M, *x.shape[4:])
 
     return _join(running, Running(*map(by_row, part)))
+
+
+def add_pieces(running: Running, q_QGKMH, caches: Sequence[tuple[jax.Array, jax.Array]],
+               before_QG, flat: bool) -> Running:
+    """`add_own` for one layer's caches in pieces of their own: those that hold nothing are left
+    out, and none is copied out of a larger array."""
+    before, width = jnp.max(before_QG), caches[0][1].shape[4]
+    running = add_own(running, q_QGKMH, *caches[0], 0, before_QG, flat=flat)
+    for i, piece in enumerate(caches[1:], start=1):
+        more = lambda running, at=i * width, piece=piece: add_own(  # noqa: E731
+            running, q_QGKMH, *piece, 0, before_QG - at, flat=flat)
+        running = jax.lax.cond(before > i * width, more, lambda running: running, running)
+    return running
 
 
 def add_own(running: Running, q_QGKMH, k_LABKHC, v_LABKCH, layer, before_QG, *,

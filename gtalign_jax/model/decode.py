@@ -12,7 +12,8 @@ per batch shard, of the rest of each prompt once per group, and of its own token
 Own caches are `[L, A, B, K, H, C]` (keys, transposed) and `[L, A, B, K, C, H]` (values): the rows
 in use are the first of each of the A parts. For whole groups A = Q and B = G. On accelerators that
 is one array and a scan over layers. On a CPU, where a scan would copy each layer's weights and
-caches out of their arrays at every token, layers are unrolled, each with arrays of its own (L = 1).
+caches out of their arrays at every token, layers are unrolled, each with arrays of its own (L = 1),
+and a cache of a few blocks is so many arrays.
 """
 
 from collections.abc import Callable
@@ -90,7 +91,10 @@ def own_caches(cfg: ModelConfig, Q: int, G: int, T: int, dtype,
                layout: Layout | None = None) -> tuple[Cache, Cache]:
     """Zeros for the keys and the values of T tokens of every row."""
     L, K, H, C = cfg.num_layers, cfg.num_kv_heads, cfg.head_dim, attend_cached.own_width(T)
-    arrays, depth = (L, 1) if unrolls(layout) else (1, L)
+    arrays, depth = 1, L
+    if unrolls(layout):
+        pieces = attend_cached.own_pieces(T)
+        arrays, depth, C = L * pieces, 1, C // pieces
 
     def zeros(*shape: int) -> jax.Array:
         x = jnp.zeros((depth, Q, G, *shape), dtype)
@@ -115,15 +119,24 @@ class Model:
     sin_S1H: jax.Array
 
 
+def _is_unrolled(caches: Cache) -> bool:
+    return len(caches) > 1
+
+
+def _width(caches: Cache, cfg: ModelConfig) -> int:
+    """Positions of the own caches (values)."""
+    return caches[0].shape[4] * max(len(caches) // cfg.num_layers, 1)
+
+
 def ready(params: Params, cfg: ModelConfig, prompt: PromptCache, values: Cache) -> Model:
     """The model for rows that go on from `prompt` with such own caches."""
     layers, shared = params.layers, (prompt.k_LQKHS, prompt.v_LQKSH, prompt.common)
-    if len(values) > 1:
+    if _is_unrolled(values):
         each = [jax.tree.map(lambda w: w[i], (layers, shared))  # noqa: B023
-                for i in range(len(values))]
+                for i in range(cfg.num_layers)]
         layers, shared = [fuse(w) for w, _ in each], [kv for _, kv in each]
     # A table: computed where it is used, it would be computed for every head of every row.
-    width = prompt.width + values[0].shape[4]
+    width = prompt.width + _width(values, cfg)
     return Model(params, layers, shared, *cos_sin(cfg, jnp.arange(width), 3))
 
 
@@ -137,15 +150,23 @@ def decode_step(model: Model, cfg: ModelConfig, prompt: PromptCache, k: Cache, v
     """
     (_, A, *_), (Q, G) = k[0].shape, token_QG.shape
 
-    def write_k(cache, new_LQGFKH):
-        L, _, _, _, K, H = new_LQGFKH.shape
-        new = new_LQGFKH.reshape(L, A, Q * G // A, K, H, 1)
-        return jax.lax.dynamic_update_slice(cache, new, (0, 0, 0, 0, 0, t))
+    def write(cache, new, at, axis: int):
+        """At position `t - at` of `axis`, if it is there."""
+        place = [0] * 6
+        inside = jnp.clip(t - at, 0, cache.shape[axis] - 1)
+        place[axis] = inside
+        if cache.shape[axis] < _width(v, cfg):  # a piece of the cache, and perhaps not the one
+            old = jax.lax.dynamic_slice(cache, place, new.shape)
+            new = jnp.where(inside == t - at, new, old)
+        return jax.lax.dynamic_update_slice(cache, new, place)
 
-    def write_v(cache, new_LQGFKH):
+    def write_k(cache, new_LQGFKH, at):
         L, _, _, _, K, H = new_LQGFKH.shape
-        new = new_LQGFKH.reshape(L, A, Q * G // A, K, 1, H)
-        return jax.lax.dynamic_update_slice(cache, new, (0, 0, 0, 0, t, 0))
+        return write(cache, new_LQGFKH.reshape(L, A, Q * G // A, K, H, 1), at, 5)
+
+    def write_v(cache, new_LQGFKH, at):
+        L, _, _, _, K, H = new_LQGFKH.shape
+        return write(cache, new_LQGFKH.reshape(L, A, Q * G // A, K, 1, H), at, 4)
 
     x, k, v = _cached(model, cfg, prompt, k, v, token_QG[..., None], jnp.reshape(t, (1, 1)),
                       (write_k, write_v))
@@ -164,18 +185,23 @@ def extend(model: Model, cfg: ModelConfig, prompt: PromptCache, k: Cache, v: Cac
     """
     (Q, G, F), C = tokens_QGF.shape, v[0].shape[4]
     at_QGF = start_QG[..., None] + jnp.arange(F)[None, None]
-    to_QGF = jnp.where(jnp.arange(F)[None, None] < count_QG[..., None], at_QGF, C)
+    fed_QGF = jnp.arange(F)[None, None] < count_QG[..., None]
     q_QGF = jnp.broadcast_to(jnp.arange(Q)[:, None, None], (Q, G, F))
     g_QGF = jnp.broadcast_to(jnp.arange(G)[None, :, None], (Q, G, F))
 
-    def write_k(cache, new_LQGFKH):
+    def place(at) -> jax.Array:
+        """Where in a piece of the cache that begins at `at`; its width for nowhere."""
+        here = fed_QGF & (at_QGF >= at) & (at_QGF < at + C)
+        return jnp.where(here, at_QGF - at, C)
+
+    def write_k(cache, new_LQGFKH, at):
         # Not by vmap: that would turn the whole cache over, and back, for a few positions.
         new = jnp.moveaxis(new_LQGFKH, 0, 3)
-        return cache.at[:, q_QGF, g_QGF, :, :, to_QGF].set(new, mode="drop")
+        return cache.at[:, q_QGF, g_QGF, :, :, place(at)].set(new, mode="drop")
 
-    def write_v(cache, new_LQGFKH):
+    def write_v(cache, new_LQGFKH, at):
         new = jnp.moveaxis(new_LQGFKH, 0, 3)
-        return cache.at[:, q_QGF, g_QGF, :, to_QGF].set(new, mode="drop")
+        return cache.at[:, q_QGF, g_QGF, :, place(at)].set(new, mode="drop")
 
     return _cached(model, cfg, prompt, k, v, tokens_QGF, start_QG, (write_k, write_v))
 
@@ -184,15 +210,16 @@ def _cached(model: Model, cfg: ModelConfig, prompt: PromptCache, k: Cache, v: Ca
             start_QG, write: tuple[Callable, Callable]) -> tuple[jax.Array, Cache, Cache]:
     """All blocks over new tokens of rows whose own ones before `start_QG` are in the caches.
 
-    `write`: how new keys, and values, `[L, Q, G, F, K, H]` go into a cache. That is done when all
-    layers have read, so that it can be done in place.
+    `write(cache, new, at)`: how new keys, and values, `[L, Q, G, F, K, H]` go into a cache, or the
+    piece of it that begins at `at`. That is done when all layers have read, so that it can be done
+    in place.
     """
     F = tokens_QGF.shape[2]
     at_QGF = prompt.lengths_Q[:, None, None] + start_QG[..., None] + jnp.arange(F)[None, None]
     cos, sin = (x.at[at_QGF].get(mode="clip") for x in (model.cos_S1H, model.sin_S1H))
-    mask_QS, flat = prompt.mask_QS, len(k) > 1
+    mask_QS, flat = prompt.mask_QS, _is_unrolled(k)
 
-    def block(x_QGFD, w, shared, caches, layer):
+    def block(x_QGFD, w, shared, own):
         q, new_k, new_v = qkv(x_QGFD, w, cfg, cos, sin)
         prompt_k, prompt_v, common = shared
         q_QGKMH = attend_cached.queries(q)
@@ -200,24 +227,34 @@ def _cached(model: Model, cfg: ModelConfig, prompt: PromptCache, k: Cache, v: Ca
         if common is not None:
             running = attend_cached.add_shared(running, q_QGKMH, *common, flat=flat)
         running = attend_cached.add_shared(running, q_QGKMH, prompt_k, prompt_v, mask_QS, flat=flat)
-        running = attend_cached.add_own(running, q_QGKMH, *caches, layer, start_QG, flat=flat)
+        running = own(running, q_QGKMH)
         x_QGFD = finish(x_QGFD, attend_cached.finish(running, F, q.dtype), w, cfg)
         return x_QGFD, (new_k, new_v)
 
     x = jnp.take(model.params.embed_VD, tokens_QGF, axis=0)
-    if len(k) == 1:
-        step = lambda x, xs: block(x, *xs[:2], (k[0], v[0]), xs[2])  # noqa: E731
-        xs = (model.layers, model.shared, jnp.arange(cfg.num_layers))
-        x, (new_k, new_v) = jax.lax.scan(step, x, xs)
-        new_k, new_v = (new_k,), (new_v,)
+    if not flat:
+        def step(x, xs):
+            own = lambda running, q: attend_cached.add_own(  # noqa: E731
+                running, q, k[0], v[0], xs[2], start_QG, flat=False)
+            return block(x, *xs[:2], own)
+
+        x, new = jax.lax.scan(step, x, (model.layers, model.shared, jnp.arange(cfg.num_layers)))
+        new, pieces = [new], 1
     else:
-        new = []
-        for layer in zip(model.layers, model.shared, zip(k, v, strict=True), strict=True):
-            x, kv = block(x, *layer, 0)
-            new.append(kv)
-        new_k, new_v = (tuple(_after(kv[i][None], x) for kv in new) for i in (0, 1))
-    k, v = (tuple(map(put, cache, fresh)) for put, cache, fresh in
-            zip(write, (k, v), (new_k, new_v), strict=True))
+        new, pieces = [], len(k) // cfg.num_layers
+        for i, (w, shared) in enumerate(zip(model.layers, model.shared, strict=True)):
+            caches = list(zip(k, v, strict=True))[i * pieces : (i + 1) * pieces]
+            own = lambda running, q, caches=caches: attend_cached.add_pieces(  # noqa: E731
+                running, q, caches, start_QG, flat=True)
+            x, fresh = block(x, w, shared, own)
+            new.append(jax.tree.map(lambda y: y[None], fresh))
+        new = [jax.tree.map(lambda y: _after(y, x), fresh) for fresh in new]
+    width = v[0].shape[4]
+    k, v = (
+        tuple(put(cache, new[i // pieces][side], i % pieces * width)
+              for i, cache in enumerate(caches))
+        for side, (put, caches) in enumerate(zip(write, (k, v), strict=True))
+    )
     return rms_norm(x, model.params.final_norm_D, cfg.norm_eps), k, v
 
 
