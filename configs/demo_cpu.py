@@ -52,6 +52,8 @@ def get_config():
     c.grpo.final_fraction = 0.1
     c.grpo.beta = 0.001
     c.rollout.max_new_tokens = 80
+    c.rollout.shrink = 0.5  # completions are about equally long: fewer sizes to compile
+    c.rollout.smallest = 16
 
     c.mesh.fsdp = -1
     c.checkpoint.every = 20

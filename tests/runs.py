@@ -20,6 +20,7 @@ SETTINGS = {
     "sft.max_completion_tokens": 400,
     "grpo.steps": 3, "grpo.prompts_per_step": 8, "grpo.samples_per_prompt": 2,
     "grpo.learning_rate": 1e-3, "grpo.beta": 0.01, "rollout.max_new_tokens": 24,
+    "rollout.shrink": 0.5, "rollout.smallest": 4,
     "checkpoint.every": 1, "evaluate.batch_size": 8,
 }
 

@@ -4,8 +4,8 @@
 
 The first size decodes whole groups; the smaller ones decode rows, each with its prompt's keys and
 values beside it. Sizes are rows of one batch shard, since no row changes over to another device.
-Each is a program of its own, compiled when a rollout first comes to it; a host only asks whether
-any row lives. Own caches stay where they are: their rows move up in place, layer by layer.
+Each is a program of its own, compiled when a rollout first comes to it; a host only asks how
+many rows live. Own caches stay where they are: their rows move up in place, layer by layer.
 """
 
 import math
@@ -30,7 +30,7 @@ class Leg:
     keys_QG: jax.Array
     rows_XB: jax.Array
     whole: Rollout | None
-    going: jax.Array  # some row lives
+    live: jax.Array  # rows of the shard in which most live
 
 
 def batch_sizes(rows: int, ratio: float, smallest: int) -> tuple[int, ...]:
@@ -62,7 +62,8 @@ def end(leg: Leg, state: State) -> tuple[Leg, tuple[Cache, Cache]]:
     shards = lambda cache: cache.reshape(cache.shape[0], X, -1, *cache.shape[3:])  # noqa: E731
     caches = jax.tree.map(shards, (state.keys, state.values))
     leg = leg.replace(state=state.replace(keys=None, values=None),
-                      whole=new.replace(slots=state.rollout.slots), going=~jnp.all(state.done_QG))
+                      whole=new.replace(slots=state.rollout.slots),
+                      live=by_shard(~state.done_QG, X).sum(axis=1).max())
     return leg, caches
 
 

@@ -173,9 +173,9 @@ class Sampler:
         sizes = (*self.sizes(len(last_Q)), 0)
         leg, caches, rollout = self.first(params, cache, last_Q, index_Q, key, limit_QG,
                                           until=sizes[1])
-        for size, until in zip(sizes[1:], sizes[2:], strict=False):
-            if not leg.going:
-                break
+        while live := int(leg.live):
+            size, until = next(pair for pair in zip(sizes, sizes[1:], strict=False)
+                               if pair[1] < live <= pair[0])
             leg, caches, rollout = self.next(params, leg, caches, size=size, until=until)
         return rollout
 
@@ -212,7 +212,7 @@ def make_sampler(cfg: ModelConfig, sampler: SamplerConfig, samples: int,
         if limit_QG is not None:
             state = state.replace(limit_QG=jnp.minimum(limit_QG, state.limit_QG))
         rows_XB = jnp.broadcast_to(jnp.arange(Q * samples // X)[None], (X, Q * samples // X))
-        leg = Leg(prompt, state, row_keys(key, index_Q, samples), rows_XB, None, jnp.array(True))
+        leg = Leg(prompt, state, row_keys(key, index_Q, samples), rows_XB, None, jnp.array(0))
         return go_on(params, leg, until)
 
     def smaller(params: Params, leg: Leg, caches: tuple[Cache, Cache], *, size: int, until: int):

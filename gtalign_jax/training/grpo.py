@@ -142,6 +142,14 @@ class Batch:
     ref_logp_QGT: jax.Array | None = None
     common: int = struct.field(pytree_node=False, default=0)
 
+    @property
+    def logps(self) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+        """Of the sampler, the old policy and the reference."""
+        return self.sampler_logp_QGT, self.old_logp_QGT, self.ref_logp_QGT
+
+    def with_logps(self, old: jax.Array | None, ref: jax.Array | None) -> "Batch":
+        return self.replace(old_logp_QGT=old, ref_logp_QGT=ref)
+
 
 def advantages(reward_QG, valid_QG, *, std: str = "group", epsilon: float = 1e-4) -> jax.Array:
     """Group-relative advantages `[Q, G]`, float32.

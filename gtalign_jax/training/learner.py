@@ -185,18 +185,14 @@ class Learner:
                     batch: Batch | Packed) -> Batch | Packed:
         """With the log-probabilities of the old policy and of the reference, if they are needed and
         not there yet."""
-        packed = isinstance(batch, Packed)
-        tokens, end = (batch.tokens, "") if packed else (batch, "_QGT")
-        old, ref, sampler = (f"{name}_logp{end}" for name in ("old", "ref", "sampler"))
-        new = {}
-        if getattr(tokens, old) is None and self.cfg.old_logp == "sampler":
-            new[old] = getattr(tokens, sampler)
-        elif getattr(tokens, old) is None and self.cfg.needs_old_logp:
-            new[old] = self.logps(state.params, batch)
-        if getattr(tokens, ref) is None and reference is not None:
-            new[ref] = self.logps(reference, batch)
-        tokens = tokens.replace(**new)
-        return batch.replace(tokens=tokens) if packed else tokens
+        sampler, old, ref = batch.logps
+        if old is None and self.cfg.old_logp == "sampler":
+            old = sampler
+        elif old is None and self.cfg.needs_old_logp:
+            old = self.logps(state.params, batch)
+        if ref is None and reference is not None:
+            ref = self.logps(reference, batch)
+        return batch.with_logps(old, ref)
 
     def facts(self, adv_QG: np.ndarray, step: int, plans: Sequence[Packing] = ()
               ) -> dict[str, float]:

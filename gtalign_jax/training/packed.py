@@ -59,6 +59,14 @@ class Packed:
     rows: int = struct.field(pytree_node=False)
     common: int = struct.field(pytree_node=False)
 
+    @property
+    def logps(self) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+        """Of the sampler, the old policy and the reference."""
+        return self.tokens.sampler_logp, self.tokens.old_logp, self.tokens.ref_logp
+
+    def with_logps(self, old: jax.Array | None, ref: jax.Array | None) -> "Packed":
+        return self.replace(tokens=self.tokens.replace(old_logp=old, ref_logp=ref))
+
 
 def pack(batch: Batch, placed: Placed, pieces: jax.Array, grpo: GRPOConfig) -> Packed:
     """The batch as `placed` says; all on the device."""
