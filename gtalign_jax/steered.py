@@ -13,6 +13,7 @@ import numpy as np
 
 from gtalign_jax.data.batches import PromptSet
 from gtalign_jax.game.steering import SteeringConfig
+from gtalign_jax.model.sharding import prompt_shards
 from gtalign_jax.rollout.player import Player
 from gtalign_jax.rollout.sampler import SamplerConfig
 from gtalign_jax.rollout.steering import SteeredRollout, make_steered
@@ -31,7 +32,7 @@ def play(
       told: called after each batch with how many pairs are done, and how many there are.
     """
     pairs = [(c, q) for c in range(len(configs)) for q in range(len(prompts))]
-    shards = 1 if player.layout is None else player.layout.axis_size("prompts")
+    shards = prompt_shards(player.layout)
     size = -(-min(batch_size, len(pairs)) // shards) * shards
     sample = make_steered(player, sampler, samples)
     key = named_key(jax.random.key(seed), "steer", 0)

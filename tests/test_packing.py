@@ -22,7 +22,7 @@ def packed_of(b, cfg, *, groups=3, shards=1):
     counts_QG = np.asarray(b.valid_QG) & ((np.asarray(b.adv_QG) != 0) | (cfg.beta > 0))
     plan = make_plan(lengths_QG, counts_QG, T, groups, shards)
     pieces = jnp.asarray(-(-plan.bins // cfg.pack_rows))
-    return packed_lib.pack(b, lay_out(plan, lengths_QG, T), pieces, cfg), plan
+    return packed_lib.pack(b, lay_out(plan, lengths_QG, T, cfg.pack_rows), pieces, cfg), plan
 
 
 def run(b, *, groups=3, **options):
@@ -124,7 +124,7 @@ def test_a_plan_lays_every_row_that_counts_once_and_side_by_side():
     lengths_QG = rng.integers(0, 33, (12, 4))
     counts_QG = rng.random((12, 4)) < 0.8
     plan = make_plan(lengths_QG, counts_QG, 32, 2, 3)
-    placed = lay_out(plan, lengths_QG, 32)
+    placed = lay_out(plan, lengths_QG, 32, 3)
     ids_QGT = 1 + np.arange(12 * 4 * 32).reshape(12, 4, 32)
     found = np.asarray(take(jnp.asarray(ids_QGT), placed))
     wanted = {int(i) for q, g in np.ndindex(12, 4) if counts_QG[q, g]
@@ -136,7 +136,7 @@ def test_a_plan_lays_every_row_that_counts_once_and_side_by_side():
         assert len(set(rows[real] // 4)) <= 2
         assert real.tolist() == sorted(real.tolist(), reverse=True)  # nothing between completions
         slots = placed.slot_XNW[x, n][real]
-        np.testing.assert_array_equal(plan.groups_XNm[x, n][slots], rows[real] // 4)
+        np.testing.assert_array_equal(placed.groups_XNm[x, n][slots], rows[real] // 4)
 
 
 def test_long_tailed_lengths_are_packed_with_less_than_ten_percent_padding():

@@ -20,8 +20,11 @@ import jax
 import jax.numpy as jnp
 
 NEG = -1e30  # a masked score: finite, so that a row with nothing to attend to stays finite
-SCORES = {"cpu": 2**21}  # at a time, by platform: 8 MB in float32
-MANY_SCORES = 2**28  # elsewhere, where large products are what is fast
+
+
+def scores_for(platform: str) -> int:
+    """Scores at a time: on a CPU 8 MB in float32; elsewhere many, large products are fast there."""
+    return 2**21 if platform == "cpu" else 2**28
 
 
 class Rows(NamedTuple):
@@ -60,7 +63,7 @@ def attend(rows: Rows, before: Before, most: int) -> jax.Array:
 
 
 def _forward(rows: Rows, before: Before, most: int):
-    a, b, _ = _piece(rows, before, most)
+    a, b = _piece(rows, before, most)
 
     def groups(xs):
         pieces, prompt = xs
@@ -75,7 +78,7 @@ def _forward(rows: Rows, before: Before, most: int):
 
 def _backward(most: int, kept, grad: jax.Array):
     rows, before, out, lse = kept
-    a, b, _ = _piece(rows, before, most)
+    a, b = _piece(rows, before, most)
     P, S = before.past_k.shape[0], before.prompt_k.shape[1]
 
     def groups(past_grads, xs):
@@ -105,14 +108,13 @@ def _backward(most: int, kept, grad: jax.Array):
 attend.defvjp(_forward, _backward)
 
 
-def _piece(rows: Rows, before: Before, most: int) -> tuple[int, int, int]:
-    """(groups, rows of each, positions of each) that are attended to at a time; several groups or
-    rows only as a whole."""
+def _piece(rows: Rows, before: Before, most: int) -> tuple[int, int]:
+    """(groups, rows of each) that are attended to at a time; several groups only as a whole."""
     Q, G, T, K, R, _ = rows.q.shape
     fit = most // (K * R * (before.past_k.shape[0] + before.prompt_k.shape[1] + T))
     if fit >= G * T:
-        return _largest(Q, fit // (G * T)), G, T
-    return (1, _largest(G, fit // T), T) if fit >= T else (1, 1, _stretch(T, fit))
+        return _largest(Q, fit // (G * T)), G
+    return 1, _largest(G, fit // T)
 
 
 def _largest(n: int, fit: int) -> int:

@@ -63,22 +63,34 @@ def group_attention(S: int, G: int, T: int, P: int, lengths_Q: jax.Array,
     flash = layout is not None and layout.flash
     platform = platform_of(layout)
     more = {"interpret": platform != "tpu"} if flash else {
-        "scores": attend_dense.SCORES.get(platform, attend_dense.MANY_SCORES)}
+        "scores": attend_dense.scores_for(platform)}
     local = functools.partial(_flash if flash else _dense, S=S, G=G, T=T, P=P, **more)
-    if layout is None or lengths_Q.shape[0] % layout.axis_size("prompts"):
-        return lambda *qkv: local(lengths_Q, *qkv)
-    # By hand on every device's share: prompts and key/value heads are cut, sequences whole.
+    return functools.partial(_on_shares(local, lengths_Q, layout), lengths_Q)
+
+
+def _on_shares(local: Callable, of_prompts, layout: Layout | None) -> Callable[..., jax.Array]:
+    """`local(of_prompts, q, *keys and values)` by hand on every device's share: prompts and
+    key/value heads are cut, sequences whole. As it is where the devices do not divide the prompts.
+
+    `of_prompts`: a tree of arrays `[Q, …]` that do not depend on heads.
+    """
+    prompts = len(jax.tree.leaves(of_prompts)[0])
+    if layout is None or prompts % layout.axis_size("prompts"):
+        return local
     spec = layout.rules.spec
+    kv_spec = spec("prompts", None, "act_heads", None)
     q_spec = spec("prompts", None, "act_heads", None, None)
-    kv_specs = (spec("prompts", None, "act_heads", None),) * (4 if P else 2)
-    mapped = jax.shard_map(
-        local, mesh=layout.mesh, in_specs=(spec("prompts"), q_spec, *kv_specs), out_specs=q_spec,
-        check_vma=False,
-    )
-    return lambda *qkv: mapped(lengths_Q, *qkv)
+
+    def run(of_prompts, q, *kv) -> jax.Array:
+        specs = (jax.tree.map(lambda _: spec("prompts"), of_prompts), q_spec, *[kv_spec] * len(kv))
+        mapped = jax.shard_map(local, mesh=layout.mesh, in_specs=specs, out_specs=q_spec,
+                               check_vma=False)
+        return mapped(of_prompts, q, *kv)
+
+    return run
 
 
-def packed_attention(P: int, lengths_Bm: jax.Array, tags: Tags, layout: Layout | None) -> Attend:
+def packed_attention(lengths_Bm: jax.Array, tags: Tags, layout: Layout | None) -> Attend:
     """`attend(q_BWKRH, k_BWKH, v_BWKH, *past, prompts_k, prompts_v) -> [B, W, K, R, H]` of bins in
     which completions stand side by side (`training.packing`).
 
@@ -90,24 +102,16 @@ def packed_attention(P: int, lengths_Bm: jax.Array, tags: Tags, layout: Layout |
             "grpo.pack with model.attention='flash': the kernel knows no packed rows; set "
             "model.attention='dense', or grpo.pack=0"
         )
-    platform = platform_of(layout)
-    most = attend_dense.SCORES.get(platform, attend_dense.MANY_SCORES)
+    most = attend_dense.scores_for(platform_of(layout))
 
-    def local(lengths_Bm, tags: Tags, q, k, v, *before) -> jax.Array:
+    def local(of_bins: tuple[jax.Array, Tags], q, k, v, *before) -> jax.Array:
+        lengths_Bm, tags = of_bins
         past = tuple(x[0] for x in before[:-2]) or (jnp.zeros((0, *k.shape[2:]), k.dtype),) * 2
         rows, tags = jax.tree.map(lambda x: x[:, None], (Rows(q, k, v), tags))
         return attend(rows, Before(*past, *before[-2:], lengths_Bm, tags), most)[:, 0]
 
-    if layout is None:
-        return lambda *args: local(lengths_Bm, tags, *args)
-    spec = layout.rules.spec
-    rows, q_spec = spec("prompts"), spec("prompts", None, "act_heads", None, None)
-    kv_specs = (spec("prompts", None, "act_heads", None),) * (6 if P else 4)
-    mapped = jax.shard_map(
-        local, mesh=layout.mesh, in_specs=(rows, Tags(rows, rows), q_spec, *kv_specs),
-        out_specs=q_spec, check_vma=False,
-    )
-    return lambda *args: mapped(lengths_Bm, tags, *args)
+    of_bins = (lengths_Bm, tags)
+    return functools.partial(_on_shares(local, of_bins, layout), of_bins)
 
 
 def _dense(lengths_Q, q_QWKRH, k_QWKH, v_QWKH, past_k_XPKH=None, past_v_XPKH=None, *, S: int,

@@ -33,7 +33,7 @@ from gtalign_jax.model.attention import (
     padded_width,
 )
 from gtalign_jax.model.block import cos_sin, finish, qkv, rms_norm
-from gtalign_jax.model.sharding import Layout, gather
+from gtalign_jax.model.sharding import Layout, gather, prompt_shards
 from gtalign_jax.model.spec import Layers, ModelConfig, Params, is_spec, param_specs
 
 # What the backward pass keeps of a block besides its input; the rest it computes anew. "none" keeps
@@ -182,12 +182,10 @@ def common_past(params: Params, cfg: ModelConfig, tokens_QS, common: int, layout
     if common == 0:
         return None
     Q, S = tokens_QS.shape
-    X = 1 if layout is None or Q % layout.axis_size("prompts") else layout.axis_size("prompts")
+    X = prompt_shards(layout, Q)
     tokens_XP = tokens_QS.reshape(X, Q // X, S)[:, 0, :common]
     whole_X = jnp.full(X, common, jnp.int32)
-    _, (k, v) = run_prompts(params, cfg, tokens_XP, whole_X, layout, emit=lambda k, v: (k, v),
-                            remat=remat)
-    return Past(k, v)
+    return Past(*prompt_keys(params, cfg, tokens_XP, whole_X, layout, remat=remat))
 
 
 def full_hidden(params: Params, cfg: ModelConfig, tokens_BT, lengths_B) -> jax.Array:
@@ -260,7 +258,7 @@ class Bins:
 
 
 def prompt_keys(params: Params, cfg: ModelConfig, tokens_QS, lengths_Q, layout: Layout | None,
-                past: Past | None, remat: str = "none") -> tuple[jax.Array, jax.Array]:
+                past: Past | None = None, remat: str = "none") -> tuple[jax.Array, jax.Array]:
     """Keys and values `[L, Q, S, K, H]` of the prompt stream without the prefix that is `past`."""
     P = 0 if past is None else past.width
     _, kept = run_prompts(params, cfg, tokens_QS[:, P:], lengths_Q - P, layout, past=past,
@@ -271,7 +269,7 @@ def prompt_keys(params: Params, cfg: ModelConfig, tokens_QS, lengths_Q, layout: 
 def packed_hidden(params: Params, cfg: ModelConfig, bins: Bins, *, past: Past | None = None,
                   remat: str = "none", layout: Layout | None = None) -> jax.Array:
     """Final hidden states `[B, W, D]` of packed completions: `shared_hidden` without padding."""
-    attend = packed_attention(0 if past is None else past.width, bins.lengths_Bm, bins.tags, layout)
+    attend = packed_attention(bins.lengths_Bm, bins.tags, layout)
     x_BWD, _ = _run(params, cfg, bins.tokens_BW, bins.positions_BW, attend, layout, past=past,
                     before=(bins.prompts_k, bins.prompts_v), remat=remat)
     return rms_norm(x_BWD, params.final_norm_D, cfg.norm_eps)

@@ -140,6 +140,12 @@ def _gather_backward(layout: Layout, axes: Axes, _: None, grad: jax.Array):
 gather.defvjp(_gather_forward, _gather_backward)
 
 
+def prompt_shards(layout: Layout | None, prompts: int = 0) -> int:
+    """Into how many parts a batch of prompts is cut; 1 where the devices do not divide it."""
+    shards = 1 if layout is None else layout.axis_size("prompts")
+    return 1 if prompts % shards else shards
+
+
 def slice_count(devices: Sequence[Any]) -> int:
     """The number of TPU slices; 1 for devices that do not know of slices."""
     return len({d.slice_index for d in devices if hasattr(d, "slice_index")}) or 1

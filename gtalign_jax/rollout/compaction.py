@@ -22,7 +22,7 @@ from gtalign_jax.rollout.state import Rollout, State
 class Leg:
     """Where a rollout stands between two batch sizes, with what it needs to go on.
 
-    rows_XB: which rows of their shards are decoded. whole: all rows `[X, N, …]` as they stand.
+    rows_XB: which rows of their shards are decoded. whole: all rows `[Q, G, …]` as they stand.
     """
 
     prompt: PromptCache
@@ -46,6 +46,11 @@ def by_shard(x: jax.Array, shards: int) -> jax.Array:
     return x.reshape(shards, x.shape[0] * x.shape[1] // shards, *x.shape[2:])
 
 
+def most_live(done_QG: jax.Array, shards: int) -> jax.Array:
+    """How many rows live of the shard in which most do."""
+    return by_shard(~done_QG, shards).sum(axis=1).max()
+
+
 def _take(x_XN: jax.Array, at_XB: jax.Array) -> jax.Array:
     return jax.vmap(lambda x, at: x[at])(x_XN, at_XB)
 
@@ -53,25 +58,18 @@ def _take(x_XN: jax.Array, at_XB: jax.Array) -> jax.Array:
 def end(leg: Leg, state: State) -> tuple[Leg, tuple[Cache, Cache]]:
     """(the leg as `state` leaves it, apart from it the own caches, by shard): its rows stand in
     their places in `whole`."""
-    X = leg.rows_XB.shape[0]
-    new = jax.tree.map(lambda x: by_shard(x, X), state.rollout.replace(slots=None))
+    X, whole = leg.rows_XB.shape[0], state.rollout
     if leg.whole is not None:
         put = jax.vmap(lambda old, rows, new: old.at[rows].set(new))
-        new = jax.tree.map(lambda old, new: put(old, leg.rows_XB, new),
-                           leg.whole.replace(slots=None), new)
+        of_rows = lambda old, new: put(  # noqa: E731
+            by_shard(old, X), leg.rows_XB, by_shard(new, X)).reshape(old.shape)
+        whole = jax.tree.map(of_rows, leg.whole.replace(slots=None), whole.replace(slots=None))
     shards = lambda cache: cache.reshape(cache.shape[0], X, -1, *cache.shape[3:])  # noqa: E731
     caches = jax.tree.map(shards, (state.keys, state.values))
     leg = leg.replace(state=state.replace(keys=None, values=None),
-                      whole=new.replace(slots=state.rollout.slots),
-                      live=by_shard(~state.done_QG, X).sum(axis=1).max())
+                      whole=whole.replace(slots=state.rollout.slots),
+                      live=most_live(state.done_QG, X))
     return leg, caches
-
-
-def whole_groups(whole: Rollout, G: int) -> Rollout:
-    """`[X, N, …]` as `[Q, G, …]`."""
-    rows = whole.replace(slots=None)
-    rows = jax.tree.map(lambda x: x.reshape(-1, G, *x.shape[2:]), rows)
-    return rows.replace(slots=whole.slots)
 
 
 def compact(leg: Leg, caches: tuple[Cache, Cache], size: int) -> Leg:

@@ -1,4 +1,4 @@
-"""Sampling groups of completions: two jitted functions, wholly on the device.
+"""Sampling groups of completions: three jitted functions, wholly on the device.
 
     prompts_QS  --prefill once-->  PromptCache  --while_loop-->  tokens_QGT, logp_QGT, lengths_QG
 
@@ -21,9 +21,9 @@ import jax.numpy as jnp
 
 from gtalign_jax.model import decode, forward
 from gtalign_jax.model.decode import Cache, PromptCache
-from gtalign_jax.model.sharding import Layout
+from gtalign_jax.model.sharding import Layout, prompt_shards
 from gtalign_jax.model.spec import ModelConfig, Params
-from gtalign_jax.rollout.compaction import Leg, batch_sizes, by_shard, compact, end, whole_groups
+from gtalign_jax.rollout.compaction import Leg, batch_sizes, compact, end, most_live
 from gtalign_jax.rollout.draws import choose, is_stop, row_keys, uniform
 from gtalign_jax.rollout.filters import Filters
 from gtalign_jax.rollout.state import Rollout, State
@@ -127,7 +127,7 @@ def run(params: Params, cfg: ModelConfig, prompt: PromptCache, state: State, key
                      state.done_QG | done_QG, state.limit_QG, seen_QG, k, v, rollout)
 
     def unfinished(state: State) -> jax.Array:
-        return by_shard(~state.done_QG, shards).sum(axis=1).max() > until
+        return most_live(state.done_QG, shards) > until
 
     return jax.lax.while_loop(unfinished, step, state)
 
@@ -137,7 +137,7 @@ class Sampler:
     """The jitted programs of a rollout, made once; calling it runs them in turn.
 
     prefill(params, tokens_QS, lengths_Q) -> (PromptCache, last token of each prompt `[Q]`)
-    first(params, cache, last_Q, index_Q, key, limit_QG, until=rows) -> (Leg, own caches, Rollout)
+    first(params, cache, last_Q, index_Q, key, limit_QG, until=rows) -> (Leg, own caches)
     next(params, Leg, caches, size=rows, until=rows) -> the same; takes the caches over
 
     Each goes on `until` no more rows of any shard live; `size` is the number of rows that it
@@ -146,10 +146,10 @@ class Sampler:
 
     config: SamplerConfig
     samples: int
-    shards: int
+    layout: Layout | None
     prefill: Callable[..., tuple[PromptCache, jax.Array]]
-    first: Callable[..., tuple[Leg, tuple[Cache, Cache], Rollout]]
-    next: Callable[..., tuple[Leg, tuple[Cache, Cache], Rollout]]
+    first: Callable[..., tuple[Leg, tuple[Cache, Cache]]]
+    next: Callable[..., tuple[Leg, tuple[Cache, Cache]]]
 
     def __call__(self, params: Params, tokens_QS, lengths_Q, index_Q, key,
                  limit_QG=None) -> Rollout:
@@ -164,20 +164,19 @@ class Sampler:
 
     def sizes(self, prompts: int) -> tuple[int, ...]:
         """Rows per batch shard that are decoded at a time, largest first."""
-        rows = prompts * self.samples // (1 if prompts % self.shards else self.shards)
+        rows = prompts * self.samples // prompt_shards(self.layout, prompts)
         return batch_sizes(rows, self.config.shrink, self.config.smallest)
 
     def decode(self, params: Params, cache: PromptCache, last_Q, index_Q, key,
                limit_QG=None) -> Rollout:
         """Completions after the prompts in `cache`, in ever smaller batches."""
         sizes = (*self.sizes(len(last_Q)), 0)
-        leg, caches, rollout = self.first(params, cache, last_Q, index_Q, key, limit_QG,
-                                          until=sizes[1])
+        leg, caches = self.first(params, cache, last_Q, index_Q, key, limit_QG, until=sizes[1])
         while live := int(leg.live):
             size, until = next(pair for pair in zip(sizes, sizes[1:], strict=False)
                                if pair[1] < live <= pair[0])
-            leg, caches, rollout = self.next(params, leg, caches, size=size, until=until)
-        return rollout
+            leg, caches = self.next(params, leg, caches, size=size, until=until)
+        return leg.whole
 
 
 def make_sampler(cfg: ModelConfig, sampler: SamplerConfig, samples: int,
@@ -192,8 +191,6 @@ def make_sampler(cfg: ModelConfig, sampler: SamplerConfig, samples: int,
     """
     if not stop_ids:
         raise ValueError("stop_ids is empty: a row could only end by running out of tokens")
-    shards = 1 if layout is None else layout.axis_size("prompts")
-
     def prefill(params: Params, tokens_QS, lengths_Q) -> tuple[PromptCache, jax.Array]:
         last_Q, stream_lengths_Q = forward.split_prompt(tokens_QS, lengths_Q)
         return decode.prefill(params, cfg, tokens_QS, stream_lengths_Q, layout, common), last_Q
@@ -201,13 +198,12 @@ def make_sampler(cfg: ModelConfig, sampler: SamplerConfig, samples: int,
     def go_on(params: Params, leg: Leg, until: int):
         state = run(params, cfg, leg.prompt, leg.state, leg.keys_QG, sampler.filters, stop_ids,
                     until=until, shards=leg.rows_XB.shape[0])
-        leg, caches = end(leg, state)
-        return leg, caches, whole_groups(leg.whole, samples)
+        return end(leg, state)
 
     def first(params: Params, prompt: PromptCache, last_Q, index_Q, key, limit_QG=None, *,
               until: int):
         Q = len(last_Q)
-        X = 1 if Q % shards else shards
+        X = prompt_shards(layout, Q)
         state = start(cfg, prompt, last_Q, samples, sampler.max_new_tokens, layout)
         if limit_QG is not None:
             state = state.replace(limit_QG=jnp.minimum(limit_QG, state.limit_QG))
@@ -223,7 +219,7 @@ def make_sampler(cfg: ModelConfig, sampler: SamplerConfig, samples: int,
         keys, prompts = layout.sharding(*decode.PROMPT_CACHE_AXES), layout.sharding("prompts")
         where = (PromptCache(keys, keys, prompts, (keys, keys) if common else None), prompts)
     return Sampler(
-        sampler, samples, shards, jax.jit(prefill, out_shardings=where),
+        sampler, samples, layout, jax.jit(prefill, out_shardings=where),
         jax.jit(first, static_argnames="until"),
         jax.jit(smaller, static_argnames=("size", "until"), donate_argnames="caches"),
     )

@@ -28,7 +28,7 @@ from flax import struct
 
 from gtalign_jax.model import decode, forward
 from gtalign_jax.model.decode import Cache, PromptCache
-from gtalign_jax.model.sharding import Layout
+from gtalign_jax.model.sharding import Layout, prompt_shards
 from gtalign_jax.model.spec import ModelConfig, Params, abstract_params
 from gtalign_jax.rollout import filters
 from gtalign_jax.rollout.draws import draw, greedy, is_stop, row_keys, uniform
@@ -231,7 +231,7 @@ def _admit(params: Params, cfg: ModelConfig, layout: Layout | None, slots: Slots
     """What lies in the slot past the new prompt's width or length is masked by its length."""
     last_Q, stream_Q = forward.split_prompt(tokens_QS, length_Q)
     # Where a mesh cuts rows, each part of it reads the prompt: one part alone would be no faster.
-    parts = 1 if layout is None else layout.axis_size("prompts")
+    parts = prompt_shards(layout)
     new = decode.prefill(params, cfg, jnp.tile(tokens_QS, (parts, 1)), jnp.tile(stream_Q, parts),
                           layout)
     put = lambda cache, new: jax.lax.dynamic_update_slice(  # noqa: E731

@@ -29,7 +29,7 @@ from flax import struct
 
 from gtalign_jax.model import forward
 from gtalign_jax.model.forward import Past, check_remat
-from gtalign_jax.model.sharding import Layout
+from gtalign_jax.model.sharding import Layout, prompt_shards
 from gtalign_jax.model.spec import ModelConfig, Params
 from gtalign_jax.pod import share
 from gtalign_jax.rollout.filters import UNFILTERED, Filters
@@ -317,19 +317,20 @@ def loss_and_grads(params: Params, batch: Batch, *, cfg: ModelConfig, grpo: GRPO
 
 
 def _pieces(Q: int, grpo: GRPOConfig, layout: Layout | None) -> int:
-    return piece_count(Q, grpo.micro_batch_prompts, layout.axis_size("prompts") if layout else 1)
+    return piece_count(Q, grpo.micro_batch_prompts, prompt_shards(layout))
 
 
 def make_update(cfg: ModelConfig, grpo: GRPOConfig, optimizer: optax.GradientTransformation, *,
-                layout: Layout, filters: Filters = UNFILTERED, dtype: Any = jnp.float32
-                ) -> Callable:
+                layout: Layout, filters: Filters = UNFILTERED, dtype: Any = jnp.float32,
+                grads_of: Callable = loss_and_grads) -> Callable:
     """The jitted `update(state, batch) -> (state', metrics)`; `state` is donated.
 
+    `grads_of` is `loss_and_grads` for the kind of batch that it will be given.
     Metrics are `{"means": {name: Mean}, "maxima": {name: scalar}}`. The new state lies where the
     old one lay: left to choose, the compiler would move the norms, and compile for that once more.
     """
-    def update(state: TrainState, batch: Batch):
-        loss, grads, seen = loss_and_grads(
+    def update(state: TrainState, batch: Any):
+        loss, grads, seen = grads_of(
             state.params, batch, cfg=cfg, grpo=grpo, filters=filters, dtype=dtype, layout=layout
         )
         one = jnp.ones(())

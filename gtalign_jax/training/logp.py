@@ -28,6 +28,13 @@ def cast(params: Params, dtype) -> Params:
     return jax.tree.map(lambda w: w.astype(dtype), params)
 
 
+def fed_tokens(last_Q: jax.Array, tokens_QGT: jax.Array) -> jax.Array:
+    """What predicts each completion token, `[Q, G, T]`: the token before it, at first the prompt's
+    last one."""
+    first_QG1 = jnp.broadcast_to(last_Q[:, None, None], (*tokens_QGT.shape[:2], 1))
+    return jnp.concatenate([first_QG1.astype(tokens_QGT.dtype), tokens_QGT[:, :, :-1]], axis=2)
+
+
 def completion_logps(params: Params, cfg: ModelConfig, prompt_QS, prompt_lengths_Q, tokens_QGT, *,
                      filters: Filters = UNFILTERED, logit_chunk: int = 128, dtype=jnp.float32,
                      remat: str = "none", past: Past | None = None,
@@ -44,8 +51,7 @@ def completion_logps(params: Params, cfg: ModelConfig, prompt_QS, prompt_lengths
     """
     params = cast(params, dtype)
     last_Q, stream_lengths_Q = forward.split_prompt(prompt_QS, prompt_lengths_Q)
-    first_QG1 = jnp.broadcast_to(last_Q[:, None, None], (*tokens_QGT.shape[:2], 1))
-    rows_QGT = jnp.concatenate([first_QG1.astype(tokens_QGT.dtype), tokens_QGT[:, :, :-1]], axis=2)
+    rows_QGT = fed_tokens(last_Q, tokens_QGT)
     hidden_QGTD = forward.shared_hidden(
         params, cfg, prompt_QS, stream_lengths_Q, rows_QGT, past=past, remat=remat, layout=layout
     )

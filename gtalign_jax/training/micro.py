@@ -39,21 +39,35 @@ def accumulate(fn: Callable[[Any], tuple[Any, Any]], batch: Any, pieces: int) ->
 
     Sums are float32, whatever the pieces' are.
     """
-    wide = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32), tree)  # noqa: E731
     if pieces <= 1:
         sums, maxima = fn(batch)
-        return wide(sums), maxima
+        return _wide(sums), maxima
     parts = cut(batch, pieces)
     shapes = jax.eval_shape(fn, jax.tree.map(lambda x: x[0], parts))
-    start = (
-        jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shapes[0]),
-        jax.tree.map(lambda s: jnp.full(s.shape, -jnp.inf, s.dtype), shapes[1]),
-    )
+    step = lambda carry, piece: (_add(carry, fn(piece)), None)  # noqa: E731
+    return jax.lax.scan(step, _nothing(shapes, -jnp.inf), parts)[0]
 
-    def step(carry, piece):
-        sums, maxima = fn(piece)
-        return (
-            jax.tree.map(jnp.add, carry[0], wide(sums)), jax.tree.map(jnp.maximum, carry[1], maxima)
-        ), None
 
-    return jax.lax.scan(step, start, parts)[0]
+def accumulate_some(fn: Callable[[jax.Array], tuple[Any, Any]], pieces: jax.Array
+                    ) -> tuple[Any, Any]:
+    """The same over `fn(i)`, i < `pieces`, a number that only a run knows.
+
+    All is 0 where that is none; maxima are of what is 0 or more.
+    """
+    shapes = jax.eval_shape(fn, jax.ShapeDtypeStruct((), jnp.int32))
+    return jax.lax.fori_loop(0, pieces, lambda i, carry: _add(carry, fn(i)), _nothing(shapes, 0.0))
+
+
+def _wide(sums: Any) -> Any:
+    return jax.tree.map(lambda x: x.astype(jnp.float32), sums)
+
+
+def _add(carry: tuple[Any, Any], new: tuple[Any, Any]) -> tuple[Any, Any]:
+    (sums, maxima), (more, others) = carry, new
+    return (jax.tree.map(jnp.add, sums, _wide(more)), jax.tree.map(jnp.maximum, maxima, others))
+
+
+def _nothing(shapes: tuple[Any, Any], least: float) -> tuple[Any, Any]:
+    """Sums and maxima before the first piece."""
+    return (jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shapes[0]),
+            jax.tree.map(lambda s: jnp.full(s.shape, least, s.dtype), shapes[1]))

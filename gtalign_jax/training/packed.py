@@ -16,7 +16,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import struct
 
 from gtalign_jax.model import forward
@@ -25,22 +24,17 @@ from gtalign_jax.model.forward import Bins, Past
 from gtalign_jax.model.sharding import Layout
 from gtalign_jax.model.spec import ModelConfig, Params
 from gtalign_jax.rollout.filters import UNFILTERED, Filters
-from gtalign_jax.training.grpo import (
-    Batch,
-    GRPOConfig,
-    Tokens,
-    objective,
-    token_weights,
-)
-from gtalign_jax.training.logp import cast, head
-from gtalign_jax.training.metrics import Mean
+from gtalign_jax.training import grpo as grpo_lib
+from gtalign_jax.training.grpo import Batch, GRPOConfig, Tokens, objective, token_weights
+from gtalign_jax.training.logp import cast, fed_tokens, head
+from gtalign_jax.training.micro import accumulate_some
 from gtalign_jax.training.packing import Placed, take
-from gtalign_jax.training.state import TrainState, apply_gradients, state_shardings
 
 
 @struct.dataclass
 class Packed:
-    """A batch in bins, X batch shards of N each, `[X, N, W]`; 0 where nothing lies.
+    """A batch in bins, X batch shards of N each, `[X, N, W]`; 0 where nothing lies. N is a whole
+    number of micro-batches.
 
     inputs, targets: the token fed and the one that is learnt. positions: in the whole sequence.
     placed: what lies where. tokens: what the loss needs. pieces: micro-batches of bins in use.
@@ -72,8 +66,6 @@ def pack(batch: Batch, placed: Placed, pieces: jax.Array, grpo: GRPOConfig) -> P
     """The batch as `placed` says; all on the device."""
     Q, G, T = batch.tokens_QGT.shape
     last_Q, lengths_Q = forward.split_prompt(batch.prompt_QS, batch.prompt_lengths_Q)
-    first_QG1 = jnp.broadcast_to(last_Q[:, None, None], (Q, G, 1)).astype(batch.tokens_QGT.dtype)
-    fed_QGT = jnp.concatenate([first_QG1, batch.tokens_QGT[:, :, :-1]], axis=2)
     weights_QGT = token_weights(batch.lengths_QG, batch.valid_QG, T, grpo.aggregation)
     start_QG = jnp.broadcast_to(lengths_Q[:, None], (Q, G))
     at = functools.partial(take, placed=placed)
@@ -85,34 +77,16 @@ def pack(batch: Batch, placed: Placed, pieces: jax.Array, grpo: GRPOConfig) -> P
         ref_logp=maybe(batch.ref_logp_QGT),
     )
     return Packed(
-        inputs=at(fed_QGT), targets=at(batch.tokens_QGT),
+        inputs=at(fed_tokens(last_Q, batch.tokens_QGT)), targets=at(batch.tokens_QGT),
         positions=at(start_QG) + placed.offset_XNW, placed=placed, tokens=tokens, pieces=pieces,
         prompt_QS=batch.prompt_QS, lengths_Q=lengths_Q, rows=rows, common=batch.common,
     )
 
 
-def _in_bins(packed: Packed) -> Packed:
-    """What of it is cut by bins: the rest is None."""
-    return packed.replace(pieces=None, prompt_QS=None, lengths_Q=None)
-
-
 def _piece(packed: Packed, i: jax.Array, size: int) -> Packed:
-    """Bins i size … of every shard."""
+    """Bins i size … of every shard, with nothing that is not cut by bins."""
     part = lambda x: jax.lax.dynamic_slice_in_dim(x, i * size, size, axis=1)  # noqa: E731
-    return jax.tree.map(part, _in_bins(packed))
-
-
-def _whole_pieces(packed: Packed, size: int) -> Packed:
-    """Padded by empty bins to a whole number of micro-batches."""
-    def pad(x: jax.Array, fill: int = 0) -> jax.Array:
-        widths = [(0, 0), (0, -x.shape[1] % size), *[(0, 0)] * (x.ndim - 2)]
-        return jnp.pad(x, widths, constant_values=fill)
-
-    placed = packed.placed.replace(row_XNW=pad(packed.placed.row_XNW, packed.rows))
-    bins = jax.tree.map(pad, _in_bins(packed).replace(placed=None))
-    rest = jax.tree.map(pad, placed.replace(row_XNW=None))
-    return bins.replace(placed=rest.replace(row_XNW=placed.row_XNW), pieces=packed.pieces,
-                        prompt_QS=packed.prompt_QS, lengths_Q=packed.lengths_Q)
+    return jax.tree.map(part, packed.replace(pieces=None, prompt_QS=None, lengths_Q=None))
 
 
 def _logps(params: Params, past: Past | None, prompts: tuple[jax.Array, jax.Array], piece: Packed,
@@ -160,7 +134,7 @@ def loss_and_grads(params: Params, packed: Packed, *, cfg: ModelConfig, grpo: GR
                    filters: Filters = UNFILTERED, dtype: Any = jnp.float32,
                    layout: Layout | None = None):
     """(loss, gradients, metrics) of a batch: those of `grpo.loss_and_grads`."""
-    weights, packed = cast(params, dtype), _whole_pieces(packed, grpo.pack_rows)
+    weights = cast(params, dtype)
     past, back_past = jax.vjp(lambda weights: forward.common_past(
         weights, cfg, packed.prompt_QS, packed.common, layout, grpo.remat), weights)
     prompts, back_prompts = jax.vjp(
@@ -171,18 +145,13 @@ def loss_and_grads(params: Params, packed: Packed, *, cfg: ModelConfig, grpo: GR
                                filters=filters, layout=layout)
         return objective(logp, entropy, piece.tokens, functools.partial(_row_mean, piece), grpo)
 
-    def one(i, carry):
+    def one(i):
         piece = _piece(packed, i, grpo.pack_rows)
         both = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)
         (value, seen), grads = both(weights, past, prompts, piece)
-        new = jax.tree.map(lambda x: x.astype(jnp.float32), (value, *grads, seen["means"]))
-        return jax.tree.map(jnp.add, carry[0], new), jax.tree.map(
-            jnp.maximum, carry[1], seen["maxima"])
+        return (value, *grads, seen["means"]), seen["maxima"]
 
-    shapes = jax.eval_shape(lambda: one(0, _nothing(grpo, weights, past, prompts)))
-    start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    (value, grads, past_grads, prompt_grads, means), maxima = jax.lax.fori_loop(
-        0, packed.pieces, one, start)
+    (value, grads, past_grads, prompt_grads, means), maxima = accumulate_some(one, packed.pieces)
     like = lambda grads, of: jax.tree.map(lambda g, x: g.astype(x.dtype), grads, of)  # noqa: E731
     more, past_more = back_prompts(like(prompt_grads, prompts))
     parts = [more]
@@ -194,31 +163,7 @@ def loss_and_grads(params: Params, packed: Packed, *, cfg: ModelConfig, grpo: GR
     return value, grads, {"means": means, "maxima": maxima}
 
 
-def _nothing(grpo: GRPOConfig, *trees) -> tuple:
-    """Sums and maxima before the first micro-batch."""
-    zero = jnp.zeros(())
-    names = ["grpo/entropy", "grpo/clip_fraction", "grpo/ratio", "rollout/logp_gap"]
-    names += ["grpo/kl"] if grpo.reference else []
-    zeros = [jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), tree) for tree in trees]
-    means = {name: Mean(zero, zero) for name in names}
-    return (zero, *zeros, means), {"rollout/logp_gap_max": zero}
-
-
-def make_update(cfg: ModelConfig, grpo: GRPOConfig, optimizer: optax.GradientTransformation, *,
-                layout: Layout, filters: Filters = UNFILTERED, dtype: Any = jnp.float32
-                ) -> Callable:
-    """`grpo.make_update` for packed batches: `update(state, packed) -> (state', metrics)`."""
-    def update(state: TrainState, packed: Packed):
-        loss, grads, seen = loss_and_grads(
-            state.params, packed, cfg=cfg, grpo=grpo, filters=filters, dtype=dtype, layout=layout
-        )
-        one = jnp.ones(())
-        seen["means"]["grpo/loss"] = Mean(loss, one)
-        seen["means"]["grpo/grad_norm"] = Mean(optax.tree.norm(grads), one)
-        return apply_gradients(state, grads, optimizer), seen
-
-    shardings = state_shardings(cfg, optimizer, layout)
-    return jax.jit(update, donate_argnames=("state",), out_shardings=(shardings, None))
+make_update = functools.partial(grpo_lib.make_update, grads_of=loss_and_grads)
 
 
 def make_logps(cfg: ModelConfig, grpo: GRPOConfig, *, layout: Layout,
@@ -226,17 +171,16 @@ def make_logps(cfg: ModelConfig, grpo: GRPOConfig, *, layout: Layout,
                ) -> Callable[..., jax.Array]:
     """The jitted `logps(params, packed) -> logp_XNW`; 0 in bins that are not in use."""
     def logps(params: Params, packed: Packed) -> jax.Array:
-        weights, whole = cast(params, dtype), _whole_pieces(packed, grpo.pack_rows)
+        weights = cast(params, dtype)
         past = forward.common_past(weights, cfg, packed.prompt_QS, packed.common, layout)
         prompts = _prompts(weights, past, packed, cfg, grpo, layout)
 
         def one(i, logp_XNW):
-            piece = _piece(whole, i, grpo.pack_rows)
+            piece = _piece(packed, i, grpo.pack_rows)
             new, _ = _logps(weights, past, prompts, piece, packed.lengths_Q, cfg=cfg, grpo=grpo,
                             filters=filters, layout=layout)
             return jax.lax.dynamic_update_slice_in_dim(logp_XNW, new, i * grpo.pack_rows, axis=1)
 
-        out = jax.lax.fori_loop(0, packed.pieces, one, jnp.zeros(whole.inputs.shape))
-        return out[:, : packed.inputs.shape[1]]
+        return jax.lax.fori_loop(0, packed.pieces, one, jnp.zeros(packed.inputs.shape))
 
     return jax.jit(logps, out_shardings=layout.sharding("prompts"))

@@ -9,8 +9,8 @@ after the other in *bins* of W = T positions; completions of up to m groups shar
 attends to the prompts of its groups. Rows that cannot change the gradient (not judged, empty, or
 without signal where there is no KL term) are not packed at all. Bins are filled per batch shard, so
 that no completion changes over to another device; as many as are needed are computed, in
-micro-batches of one compiled size. First-fit decreasing over groups, then rows: rows of one group
-stay together where they fit.
+micro-batches of one compiled size. Best fit, the longest completion first; where a group already
+lies in a bin that has room, its other completions go there.
 """
 
 import dataclasses
@@ -102,18 +102,20 @@ class Placed:
     groups_XNm: jax.Array
 
 
-def lay_out(plan: Plan, lengths_QG: np.ndarray, width: int) -> Placed:
-    """The plan position by position; numpy arrays, with all bins that a batch could need."""
+def lay_out(plan: Plan, lengths_QG: np.ndarray, width: int, at_once: int) -> Placed:
+    """The plan position by position; numpy arrays, with all bins that a batch could need: whole
+    micro-batches of `at_once`."""
     X, R = plan.bin_XR.shape
-    lengths_XR = lengths_QG.reshape(X, R)
-    row = np.full((X, R, width), R, np.int32)
-    offset, slot = np.zeros((X, R, width), np.int32), np.zeros((X, R, width), np.int32)
+    lengths_XR, N = lengths_QG.reshape(X, R), -(-R // at_once) * at_once
+    row = np.full((X, N, width), R, np.int32)
+    offset, slot = np.zeros((X, N, width), np.int32), np.zeros((X, N, width), np.int32)
     for x, r in zip(*np.nonzero(plan.bin_XR >= 0), strict=True):
         n, start, length = plan.bin_XR[x, r], plan.start_XR[x, r], lengths_XR[x, r]
         here = slice(start, start + length)
         row[x, n, here], offset[x, n, here] = r, np.arange(length)
         slot[x, n, here] = plan.slot_XR[x, r]
-    return Placed(row, offset, slot, plan.groups_XNm)
+    groups = np.pad(plan.groups_XNm, ((0, 0), (0, N - R), (0, 0)))
+    return Placed(row, offset, slot, groups)
 
 
 def take(x_QGT: jax.Array, placed: Placed) -> jax.Array:
@@ -142,7 +144,7 @@ class Packing:
 
     @property
     def placed(self) -> Placed:
-        return lay_out(self.plan, self.lengths_QG, self.width)
+        return lay_out(self.plan, self.lengths_QG, self.width, self.at_once)
 
     @property
     def pieces(self) -> int:

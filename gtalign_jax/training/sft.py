@@ -19,7 +19,7 @@ from flax import struct
 
 from gtalign_jax.data.batches import epoch_rows, pad_right
 from gtalign_jax.model.forward import check_remat
-from gtalign_jax.model.sharding import Layout
+from gtalign_jax.model.sharding import Layout, prompt_shards
 from gtalign_jax.model.spec import ModelConfig, Params
 from gtalign_jax.training.logp import cast, completion_logps, completion_mask
 from gtalign_jax.training.metrics import Mean
@@ -98,7 +98,7 @@ def loss_and_grads(params: Params, batch: SFTBatch, *, cfg: ModelConfig, sft: SF
     def one(piece: tuple[SFTBatch, jax.Array]):
         return jax.value_and_grad(loss)(weights, *piece), {}
 
-    shards = layout.axis_size("prompts") if layout else 1
+    shards = prompt_shards(layout)
     pieces = piece_count(B, sft.micro_batch_size, shards)
     (total, grads), _ = accumulate(one, (batch, weights_BT), pieces)
     return total, grads
