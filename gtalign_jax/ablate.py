@@ -28,13 +28,12 @@ from absl import app
 from jax.experimental.compilation_cache import compilation_cache
 
 from gtalign_jax.command import carry_out
-from gtalign_jax.config import Config, check, define_flag, parse_flags
+from gtalign_jax.config import Config, define_flag, parse_flags
 from gtalign_jax.evaluation import ablation_tables
 from gtalign_jax.evaluation.ablation import Comparison
 from gtalign_jax.evaluation.measures import Row, by_label
 from gtalign_jax.evaluation.tables import write_whole
 from gtalign_jax.freeze import ConfigError, to_dict
-from gtalign_jax.model.sharding import slice_count
 from gtalign_jax.pod import exchange
 from gtalign_jax.pod.ending import EXIT_FAILED
 from gtalign_jax.pod.exchange import is_first
@@ -44,6 +43,7 @@ from gtalign_jax.report.figures_forest import forest
 from gtalign_jax.report.figures_plane import plane_points
 from gtalign_jax.report.ink import Picture
 from gtalign_jax.run import run as run_one
+from gtalign_jax.session import check_config
 from gtalign_jax.training import plots
 from gtalign_jax.training.checkpoint import flatten
 from gtalign_jax.training.metrics import read_rows
@@ -94,7 +94,7 @@ def _check(runs: Sequence[Run]) -> None:
     problems: list[str] = []
     for item in runs:
         try:
-            check(item.config, jax.device_count(), slice_count(jax.devices()))
+            check_config(item.config)
         except ConfigError as error:
             problems += [line for line in str(error).splitlines() if line not in problems]
     if problems:

@@ -51,7 +51,7 @@ def prepare(config: Config, topology: str, slices: int) -> tuple[ModelConfig, To
     Raises ValueError (ConfigError among them) for a mistake, RuntimeError without libtpu.
     """
     devices = describe(topology, slices)
-    check(config, devices.chips, slices)
+    check(config, devices.chips, slices, "tpu")
     model = load.model_sizes(config.model)
     check_model_fits(model, make_mesh(config.mesh, devices.devices))
     return model, devices

@@ -24,7 +24,7 @@ from gtalign_jax.data.sources import DataConfig
 from gtalign_jax.evaluation.evaluate import EvaluateConfig
 from gtalign_jax.freeze import ConfigError, check_overrides, freeze, to_dict
 from gtalign_jax.model.load import ModelSource
-from gtalign_jax.model.sharding import BATCH_AXES, MeshConfig, batch_shards
+from gtalign_jax.model.sharding import BATCH_AXES, MeshConfig, batch_shards, is_flash
 from gtalign_jax.pod.start import PodConfig, installed
 from gtalign_jax.reward.judges import JudgeConfig
 from gtalign_jax.reward.normalizers import NORMALIZERS
@@ -132,8 +132,10 @@ def from_flag(holder: flags.FlagHolder, cls: type[T] = Config) -> T:
         raise ConfigError(f"--config: {str(error).strip().splitlines()[-1].strip()}") from error
 
 
-def check(config: Config, device_count: int, slices: int = 1) -> None:
+def check(config: Config, device_count: int, slices: int = 1, device: str = "cpu") -> None:
     """Batch sizes and mesh against each other and the devices of all TPU slices together.
+
+    `device` is their kind, as jax names platforms.
 
     Raises ConfigError with one line per mistake: key, value, what is allowed.
     """
@@ -149,6 +151,11 @@ def check(config: Config, device_count: int, slices: int = 1) -> None:
         )
     if "grpo" in config.stages:
         problems += _grpo_problems(config.grpo, shards) or _rollout_problems(config, shards)
+        if config.grpo.pack and is_flash(config.model.attention, device):
+            problems.append(
+                f"grpo.pack={config.grpo.pack}, model.attention={config.model.attention!r}: the "
+                "kernel knows no packed rows; set model.attention='dense', or grpo.pack=0"
+            )
     if "sft" in config.stages:
         problems += _too_small("sft", config.sft, ("steps", "logit_chunk"))
         if config.sft.repriced and config.data.reasoning == "none":

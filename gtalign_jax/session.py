@@ -256,7 +256,8 @@ def open_session(config: Config, watch: Watch, notice: Notice) -> Session:
 
 def check_config(config: Config) -> None:
     """Raises ConfigError where the settings do not fit each other or the devices."""
-    check(config, jax.device_count(), slice_count(jax.devices()))
+    devices = jax.devices()
+    check(config, len(devices), slice_count(devices), devices[0].platform)
 
 
 def keep_programs(directory: str) -> None:

@@ -1,5 +1,6 @@
 """The aggregate config: command line, checks, saved run information, secrets."""
 
+import contextlib
 import dataclasses
 import json
 import subprocess
@@ -69,6 +70,16 @@ def test_stages_are_known_ordered_and_unique(stages, message):
 def test_impossible_batches_and_meshes_are_errors_that_list_what_is_possible(changes, message):
     with pytest.raises(ConfigError, match=message):
         check(configured(**changes), device_count=8)
+
+
+@pytest.mark.parametrize("attention,device,refused", [
+    ("flash", "cpu", True), ("auto", "tpu", True), ("auto", "gpu", False), ("dense", "tpu", False),
+])
+def test_packed_rows_are_refused_where_attention_is_the_kernel(attention, device, refused):
+    config = configured(grpo__prompts_per_step=64, grpo__pack=4, model__attention=attention)
+    message = rf"grpo.pack=4, model.attention='{attention}': .*set model.attention='dense'"
+    with pytest.raises(ConfigError, match=message) if refused else contextlib.nullcontext():
+        check(config, 8, device=device)
 
 
 @pytest.mark.parametrize("changes,message", [

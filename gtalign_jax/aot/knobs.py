@@ -72,7 +72,7 @@ def micro_batches(config: Config, model: ModelConfig, topology: Topology, key: s
 def is_allowed(config: Config, model: ModelConfig, topology: Topology) -> bool:
     """Whether a run would accept this config on these chips."""
     try:
-        check(config, topology.chips, topology.slices)
+        check(config, topology.chips, topology.slices, "tpu")
         check_model_fits(model, make_mesh(config.mesh, topology.devices))
     except ValueError:
         return False

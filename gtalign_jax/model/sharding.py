@@ -66,6 +66,11 @@ TRAIN = Rules(embed=("fsdp", "tensor"))
 ROLLOUT = Rules(vocab="tensor", mlp="tensor", heads="tensor", kv_heads="tensor")
 
 
+def is_flash(attention: str, platform: str) -> bool:
+    """Whether `attention`, one of ATTENTION, is the kernel on this kind of device."""
+    return attention == "flash" or (attention == "auto" and platform == "tpu")
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """A mesh, the rules in force on it, and how attention is computed there.
@@ -88,7 +93,7 @@ class Layout:
 
     @property
     def flash(self) -> bool:
-        return self.attention == "flash" or (self.attention == "auto" and self.is_tpu)
+        return is_flash(self.attention, self.platform)
 
     def axis_size(self, axis: str) -> int:
         """Over how many devices a logical axis is cut."""
