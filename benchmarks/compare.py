@@ -65,14 +65,13 @@ def busy() -> tuple[float, float]:
     return (sum(ticks) - idle) / 100, sum(ticks) / 100
 
 
-def run(program: Program, peers: Path, flags: list[str], tunables: bool) -> dict:
+def run(python: Path, module: str, flags: list[str], tunables: bool = True) -> dict:
     """The report of one process, with the share of all processors that others used meanwhile."""
-    python = peers / program.environment / "bin" / "python"
     environment = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/tmp"),
                    "JAX_PLATFORMS": "cpu", "TOKENIZERS_PARALLELISM": "false"}
     if tunables:
         environment["GLIBC_TUNABLES"] = TUNABLES
-    command = [str(python), "-m", program.module, *flags, *program.flags]
+    command = [str(python), "-m", module, *flags]
     before, own = busy(), os.times()
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     after, now = busy(), os.times()
@@ -152,7 +151,9 @@ def main(argv=None) -> int:
         for round_ in range(args.rounds):
             for program in wanted:
                 began = time.perf_counter()
-                report = run(program, args.peers, flags, not args.plain_malloc)
+                python = args.peers / program.environment / "bin" / "python"
+                report = run(python, program.module, [*flags, *program.flags],
+                             not args.plain_malloc)
                 results.append((program.who, report))
                 print(f"{workload} round {round_ + 1} of {args.rounds}: {program.module} "
                       f"{report['part']} {report['seconds']:.3f} s, {report['peak_mb']} MB, others "

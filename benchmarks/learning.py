@@ -34,7 +34,7 @@ class Learning:
 
 def make(args: argparse.Namespace) -> Learning:
     train, rollout = ours.layouts()
-    cfg = ours.model_of(args.size)
+    cfg = ours.model_of(args)
     grpo = GRPOConfig(
         learning_rate=shapes.LEARNING_RATE, beta=shapes.BETA, prompts_per_step=args.prompts,
         samples_per_prompt=args.samples, remat=args.remat,

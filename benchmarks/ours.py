@@ -28,6 +28,7 @@ def parse(doc: str, argv=None, micro: bool = False) -> argparse.Namespace:
         parser.add_argument("--pack", type=int, default=0,
                             help="groups whose completions share a row of the update; 0: none")
         parser.add_argument("--pack-rows", type=int, default=1, help="such rows at a time")
+    parser.add_argument("--layers", type=int, default=0, help="instead of the size's own")
     parser.add_argument("--dtype", default="float32")
     args = parser.parse_args(argv)
     shapes.check(parser, args)
@@ -36,14 +37,15 @@ def parse(doc: str, argv=None, micro: bool = False) -> argparse.Namespace:
     return args
 
 
-def model_of(size: str) -> ModelConfig:
-    s = shapes.SIZES[size]
-    return ModelConfig("qwen2", s.vocab, s.d_model, s.d_ff, s.layers, s.heads, s.kv_heads,
+def model_of(args: argparse.Namespace) -> ModelConfig:
+    s = shapes.SIZES[args.size]
+    layers = args.layers or s.layers
+    return ModelConfig("qwen2", s.vocab, s.d_model, s.d_ff, layers, s.heads, s.kv_heads,
                        s.head_dim, qkv_bias=True, init_scale=shapes.DEVIATION)
 
 
 def weights(args: argparse.Namespace, seed: int) -> Params:
-    cfg, dtype = model_of(args.size), jnp.dtype(args.dtype)
+    cfg, dtype = model_of(args), jnp.dtype(args.dtype)
     return jax.jit(functools.partial(init_params, cfg, dtype=dtype))(jax.random.key(seed))
 
 
@@ -73,7 +75,7 @@ def layouts() -> tuple[Layout, Layout]:
 
 def sampler_of(args: argparse.Namespace, layout: Layout):
     """The sampler; its stop token lies outside the vocabulary, so that lengths are exact."""
-    cfg = model_of(args.size)
+    cfg = model_of(args)
     return make_sampler(cfg, SamplerConfig(max_new_tokens=args.new_tokens), args.samples,
                         (cfg.vocab_size,), layout, args.common_prefix)
 
@@ -93,7 +95,7 @@ def flops(args: argparse.Namespace) -> dict[str, float]:
 
     With long-tailed lengths each row counts with the mean length.
     """
-    cfg, Q, G = model_of(args.size), args.prompts, args.samples
+    cfg, Q, G = model_of(args), args.prompts, args.samples
     S, T, P = args.prompt_len, round(float(lengths(args).mean())), args.common_prefix
     forward = roofline.forward_work(cfg, Q, G, S, T, P).useful_flops
     decode = roofline.decode_work(cfg, Q, G, S, T, P).useful_flops

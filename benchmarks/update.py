@@ -19,7 +19,7 @@ def main(argv=None) -> int:
     args = ours.parse(__doc__, argv, micro=True)
     made, draw = learning.make(args), np.random.default_rng(args.seed)
     shape = (args.prompts, args.samples)
-    tokens_QGT = draw.integers(5, ours.model_of(args.size).vocab_size, (*shape, args.new_tokens))
+    tokens_QGT = draw.integers(5, ours.model_of(args).vocab_size, (*shape, args.new_tokens))
     logp_QGT = np.full(tokens_QGT.shape, -8.0, np.float32)
     batch = learning.batch(args, made, tokens_QGT.astype(np.int32), logp_QGT, draw.random(shape))
     padded = float(ours.lengths(args).mean()) / args.new_tokens
