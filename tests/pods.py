@@ -9,6 +9,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import compiler
+
 ROOT = Path(__file__).resolve().parent.parent
 PATH = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
 
@@ -32,7 +34,7 @@ def spawn(script: str, count: int, indices=None, port: int | None = None) -> lis
     children = []
     for index in range(count) if indices is None else indices:
         environ = {
-            **os.environ, "PYTHONPATH": PATH, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "",
+            **os.environ, "PYTHONPATH": PATH, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": compiler.flags(),
             "GTALIGN_COORDINATOR": f"127.0.0.1:{port}", "GTALIGN_PROCESS_COUNT": str(count),
             "GTALIGN_PROCESS_INDEX": str(index),
         }

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 
+import compiler
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -241,7 +242,7 @@ CHILD = textwrap.dedent("""
 
 
 def run_child(directory, how: str) -> subprocess.CompletedProcess:
-    env = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": pods.PATH}
+    env = {**os.environ, "XLA_FLAGS": compiler.flags(), "PYTHONPATH": pods.PATH}
     return subprocess.run(
         [sys.executable, "-c", CHILD, str(directory), how],
         env=env, capture_output=True, text=True, timeout=120,

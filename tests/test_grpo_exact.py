@@ -66,12 +66,9 @@ def logps(params, prompt_QS, lengths_Q, tokens_QGT):
     return out.reshape(Q, G, T)
 
 
-FAST = {"xla_backend_optimization_level": 0}  # most of the time here goes into compiling
-
-
 def plain_loss_and_grads(b: Batch, cfg: GRPOConfig):
     loss = functools.partial(plain_loss, b=jax.device_get(b), cfg=cfg)
-    return jax.jit(jax.value_and_grad(loss), compiler_options=FAST)(tiny.params())
+    return jax.jit(jax.value_and_grad(loss))(tiny.params())
 
 
 def plain_loss(params, b: Batch, cfg: GRPOConfig):
@@ -101,9 +98,7 @@ def plain_loss(params, b: Batch, cfg: GRPOConfig):
 @functools.cache
 def whole(cfg: GRPOConfig):
     """The jitted `loss_and_grads`, shared by the tests."""
-    return jax.jit(
-        functools.partial(grpo.loss_and_grads, cfg=tiny.CFG, grpo=cfg), compiler_options=FAST
-    )
+    return jax.jit(functools.partial(grpo.loss_and_grads, cfg=tiny.CFG, grpo=cfg))
 
 
 def with_reference(b: Batch) -> Batch:

@@ -28,8 +28,7 @@ def packed_of(b, cfg, *, groups=3, shards=1):
 def run(b, *, groups=3, **options):
     cfg = GRPOConfig(**{"beta": 0.1, "logit_chunk": 3, "pack": groups, **options})
     packed, _ = packed_of(b, cfg, groups=groups)
-    fn = jax.jit(functools.partial(packed_lib.loss_and_grads, cfg=tiny.CFG, grpo=cfg),
-                 compiler_options=exact.FAST)
+    fn = jax.jit(functools.partial(packed_lib.loss_and_grads, cfg=tiny.CFG, grpo=cfg))
     return jax.device_get(fn(tiny.params(), packed))
 
 

@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import compiler
 import pods
 import pytest
 import runs
@@ -30,7 +31,7 @@ def start(workdir, processes: int, devices: int, planted: str = "",
     flags = [f"--config.{key}={value}" for key, value in flat.items()]
     environ = {
         **os.environ, "PYTHONPATH": pods.PATH, "PLANTED": planted,
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": compiler.flags(devices),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }

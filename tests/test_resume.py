@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import compiler
 import jax
 import numpy as np
 import pytest
@@ -59,7 +60,7 @@ def command(workdir, examples, **overrides) -> list[str]:
 
 
 def start(command: list[str]) -> subprocess.Popen:
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}  # one device, as on a laptop
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": compiler.flags()}
     return subprocess.Popen(command, cwd=ROOT, env=env, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 

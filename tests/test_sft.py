@@ -15,7 +15,6 @@ from gtalign_jax.training.sft import ExampleSet, SFTBatch, SFTConfig
 from gtalign_jax.training.state import OptimizerConfig, make_optimizer, make_state
 
 B, S, T = 4, 9, 7
-FAST = {"xla_backend_optimization_level": 0}
 
 
 def make_batch(seed: int = 0) -> SFTBatch:
@@ -26,12 +25,10 @@ def make_batch(seed: int = 0) -> SFTBatch:
 @functools.cache
 def whole(**options):
     cfg = SFTConfig(**options)
-    return jax.jit(
-        functools.partial(sft.loss_and_grads, cfg=tiny.CFG, sft=cfg), compiler_options=FAST
-    )
+    return jax.jit(functools.partial(sft.loss_and_grads, cfg=tiny.CFG, sft=cfg))
 
 
-@functools.partial(jax.jit, compiler_options=FAST)
+@jax.jit
 def plain(params, row_BS, width_B):
     """(logits, hidden states) of whole rows."""
     hidden = forward.full_hidden(params, tiny.CFG, row_BS, width_B)
