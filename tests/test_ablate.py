@@ -195,8 +195,8 @@ def test_an_ablation_stopped_in_a_run_goes_on_there_and_equals_a_run_of_its_own(
 def test_the_command_names_a_mistake_in_one_line():
     command = [sys.executable, "-m", "gtalign_jax.ablate", "--config=configs/ablation_cpu.py",
                "--config.run.grpo.samples_per_prompt=1"]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "XLA_FLAGS": compiler.flags()}, text=True,
-                          capture_output=True)
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "XLA_FLAGS": compiler.flags()},
+                          text=True, capture_output=True)
     assert done.returncode == 2
     assert done.stderr.startswith("error: run.grpo.samples_per_prompt=1: must be >= 2")
     assert done.stderr.count("\n") == 1
