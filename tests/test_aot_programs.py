@@ -72,6 +72,22 @@ def test_a_run_has_the_programs_of_its_stages_and_settings(tmp_path):
     assert {p.name for p in full.values() if p.where == "host"} == {"games", "reward"}
 
 
+def test_a_run_that_packs_its_completions_has_the_programs_of_bins(tmp_path):
+    """A bin for every row, in whole micro-batches, each as long as a completion may be."""
+    padded = by_name(runs.config(tmp_path, **WIDE))
+    packed = by_name(runs.config(tmp_path, **WIDE, grpo__pack=3, grpo__pack_rows=3))
+    assert list(packed) == list(padded)
+    for name in ("old logp", "reference logp", "update"):
+        batch = packed[name].arguments[1]
+        X, N, W = batch.inputs.shape
+        rows = padded["update"].arguments[1].lengths_QG.size // X
+        assert N == -(-rows // 3) * 3 and W == 24
+        assert packed[name].calls == 2
+        assert (packed[name].resident["whole batch"]
+                == bytes_per_chip(padded["old logp"].arguments[1]))
+    assert "while" in packed["update"].lower().as_text()
+
+
 @pytest.mark.slow
 def test_what_lies_on_a_chip_when_a_program_is_called_is_its_arguments_and_residents(
         tmp_path, monkeypatch):

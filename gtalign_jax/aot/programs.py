@@ -35,6 +35,8 @@ from gtalign_jax.training import sft as sft_lib
 from gtalign_jax.training.grpo import Batch
 from gtalign_jax.training.learner import Learner, make_reshard
 from gtalign_jax.training.micro import piece_count
+from gtalign_jax.training.packed import Packed, pack
+from gtalign_jax.training.packing import Placed
 from gtalign_jax.training.state import (
     OptimizerConfig,
     TrainState,
@@ -282,31 +284,52 @@ def _batch(run: _Run, Q: int) -> Batch:
     )
 
 
+def _packed(run: _Run, batch: Batch) -> Packed:
+    """The same in bins, as many as it could need."""
+    cfg, (Q, G, T) = run.config.grpo, batch.tokens_QGT.shape
+    N = -(-Q * G // run.shards // cfg.pack_rows) * cfg.pack_rows
+    of_bins = run.array((run.shards, N, T))
+    laid = Placed(of_bins, of_bins, of_bins, run.array((run.shards, N, cfg.pack)))
+    number = jax.ShapeDtypeStruct((), jnp.int32, sharding=run.train.sharding())
+    shapes = jax.eval_shape(functools.partial(pack, grpo=cfg), batch, laid, number)
+    packed = jax.tree.map(lambda s: run.array(s.shape, s.dtype), shapes.replace(pieces=None))
+    return packed.replace(pieces=number)
+
+
 def _learning(run: _Run, learner: Learner, state: TrainState) -> list[Program]:
-    """Log-probabilities of the old policy and of the reference, and the update itself."""
+    """Log-probabilities of the old policy and of the reference, and the update itself.
+
+    Work is that of the padded batch: how much less it is in bins, only completions tell.
+    """
     cfg, Q = run.config.grpo, run.config.grpo.prompts_per_step
-    reference = {"reference": run.reference}
-    batch, part = _batch(run, Q), _batch(run, Q // cfg.minibatches)
-    work, out = _logp_work(run, Q), []
+    whole, part = _batch(run, Q), _batch(run, Q // cfg.minibatches)
+    batch, times, held = whole, 1, {}  # what has log-probabilities computed at once, and how often
+    if cfg.pack:
+        batch = part = _packed(run, part)
+        times, held = cfg.minibatches, {"whole batch": whole}
+    has_old, work = cfg.old_logp == "sampler" or cfg.needs_old_logp, _logp_work(run, Q // times)
+
+    def known(of: Batch | Packed, ref: bool) -> Batch | Packed:
+        logp = of.logps[0]
+        return of.with_logps(logp if has_old else None, logp if ref else None)
+
+    reference, out = {"reference": run.reference}, []
     if cfg.needs_old_logp:
         out.append(_program(
-            "old logp", "grpo", 1, learner.logps, (state.params, batch),
-            _sizes(reference | {"optimizer": state.opt_state}), work=work,
+            "old logp", "grpo", times, learner.logps, (state.params, batch),
+            _sizes(reference | held | {"optimizer": state.opt_state}), work=work,
         ))
-    if cfg.old_logp == "sampler" or cfg.needs_old_logp:
-        batch = batch.replace(old_logp_QGT=batch.sampler_logp_QGT)
-        part = part.replace(old_logp_QGT=part.sampler_logp_QGT)
     if cfg.reference:
         out.append(_program(
-            "reference logp", "grpo", 1, learner.logps, (run.reference, batch),
-            _sizes({"state": state}), work=work,
+            "reference logp", "grpo", times, learner.logps, (run.reference, known(batch, False)),
+            _sizes(held | {"state": state}), work=work,
         ))
-        batch = batch.replace(ref_logp_QGT=batch.sampler_logp_QGT)
-        part = part.replace(ref_logp_QGT=part.sampler_logp_QGT)
-    whole = {"whole batch": batch} if cfg.minibatches > 1 else {}
+    part = known(part, cfg.reference)
+    if cfg.minibatches > 1 and not cfg.pack:
+        held = {"whole batch": known(batch, cfg.reference)}
     out.append(_program(
         "update", "grpo", cfg.updates_per_step, learner.one_update, (state, part),
-        _sizes(reference | whole), work=_update_work(run, Q // cfg.minibatches),
+        _sizes(reference | held), work=_update_work(run, Q // cfg.minibatches),
     ))
     return out
 
