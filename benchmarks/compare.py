@@ -34,6 +34,8 @@ TUNABLES = ("glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:"
             "glibc.malloc.trim_threshold=68719476736:glibc.malloc.top_pad=268435456")
 # The largest micro-batches that were no slower than smaller ones, in sequences.
 MICRO = {"big": {"ours": 8, "trl": 8, "tunix": 8}, "small": {"ours": 8, "trl": 8, "tunix": 8}}
+# The peers have all logits of a micro-batch at a time; ours as many as peers' memory allows.
+LOGITS = {"big": "--logit-chunk=128", "small": "--logit-chunk=256"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +52,7 @@ def programs(size: str) -> list[Program]:
     micro = {who: f"--micro={n}" for who, n in MICRO[size].items()}
     return [
         Program("ours", "ours", "benchmarks.rollout"),
-        Program("ours", "ours", "benchmarks.iteration", (micro["ours"],)),
+        Program("ours", "ours", "benchmarks.iteration", (micro["ours"], LOGITS[size])),
         Program("huggingface", "trl", "benchmarks.peers.huggingface"),
         Program("trl", "trl", "benchmarks.peers.trl_grpo", (micro["trl"],)),
         Program("tunix", "tunix", "benchmarks.peers.tunix_grpo", ("--part=rollout",)),

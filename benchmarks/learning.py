@@ -39,7 +39,7 @@ def make(args: argparse.Namespace) -> Learning:
         learning_rate=shapes.LEARNING_RATE, beta=shapes.BETA, prompts_per_step=args.prompts,
         samples_per_prompt=args.samples, remat=args.remat,
         micro_batch_prompts=max(args.micro // args.samples, 1), pack=args.pack,
-        pack_rows=args.pack_rows,
+        pack_rows=args.pack_rows, logit_chunk=args.logit_chunk,
     )
     sampler = ours.sampler_of(args, rollout).config
     learner = Learner.make(cfg, grpo, train, rollout, filters=sampler.filters, dtype=args.dtype,

@@ -25,6 +25,8 @@ def parse(doc: str, argv=None, micro: bool = False) -> argparse.Namespace:
         parser.add_argument("--micro", type=int, default=0,
                             help="sequences per forward and backward pass; 0: of one prompt")
         parser.add_argument("--remat", default="none")
+        parser.add_argument("--logit-chunk", type=int, default=128,
+                            help="positions of a row whose logits exist at a time")
         parser.add_argument("--pack", type=int, default=0,
                             help="groups whose completions share a row of the update; 0: none")
         parser.add_argument("--pack-rows", type=int, default=1, help="such rows at a time")

@@ -127,8 +127,9 @@ def head_logps(head_VD, hidden_CMD, tokens_CM, cfg: ModelConfig,
     """(log-probability, entropy) `[C, M]` of tokens after hidden states, one chunk C at a time.
 
     The gradient is that of the log-probability alone: entropy is reported, not trained. With p the
-    distribution, d logp / d logits = onehot(token) - p; logits are computed anew for it, so that no
-    more than one chunk's exist at any time. The head's gradient adds up in float32.
+    distribution, d logp / d logits = onehot(token) - p. No more than one chunk's logits exist at
+    any time: a single chunk's are kept for the gradient, of several they are computed anew. The
+    head's gradient adds up in float32.
     """
     return _head_forward(head_VD, hidden_CMD, tokens_CM, cfg, filters)[0]
 
@@ -139,8 +140,7 @@ def _chunk_logits(head_VD, hidden_MD, tokens_M, cfg: ModelConfig, filters: Filte
 
 
 def _head_forward(head_VD, hidden_CMD, tokens_CM, cfg: ModelConfig, filters: Filters):
-    def one(xs):
-        hidden_MD, tokens_M = xs
+    def one(hidden_MD, tokens_M):
         logits_MV = _chunk_logits(head_VD, hidden_MD, tokens_M, cfg, filters)
         top_M = logits_MV.max(axis=-1)
         weights_MV = jnp.exp(logits_MV - top_M[:, None])
@@ -149,21 +149,28 @@ def _head_forward(head_VD, hidden_CMD, tokens_CM, cfg: ModelConfig, filters: Fil
         picked_M = jnp.take_along_axis(logits_MV, tokens_M[:, None], axis=-1)[:, 0]
         # Dropped logits are huge and have no weight.
         mean_M = (weights_MV * jnp.maximum(logits_MV, forward.NEG / 2)).sum(axis=-1) / sum_M
-        return picked_M - total_M, total_M - mean_M, total_M
+        return picked_M - total_M, total_M - mean_M, total_M, weights_MV / sum_M[:, None]
 
-    logp, entropy, total = jax.lax.map(one, (hidden_CMD, tokens_CM))
-    return (logp, entropy), (head_VD, hidden_CMD, tokens_CM, total)
+    if len(hidden_CMD) == 1:
+        *out, p_MV = one(hidden_CMD[0], tokens_CM[0])
+        logp, entropy, total = (x[None] for x in out)
+    else:
+        logp, entropy, total = jax.lax.map(lambda xs: one(*xs)[:3], (hidden_CMD, tokens_CM))
+        p_MV = None
+    return (logp, entropy), (head_VD, hidden_CMD, tokens_CM, total, p_MV)
 
 
 def _head_backward(cfg: ModelConfig, filters: Filters, kept, grads):
-    head_VD, hidden_CMD, tokens_CM, total_CM = kept
+    head_VD, hidden_CMD, tokens_CM, total_CM, kept_MV = kept
     scale = 1 / max(filters.temperature, filters_lib.COLDEST) if filters.temperature > 0 else 1.0
 
     def one(head_grad_DV, xs):
         hidden_MD, tokens_M, total_M, grad_M = xs
-        logits_MV = _chunk_logits(head_VD, hidden_MD, tokens_M, cfg, filters)
-        p_MV = jnp.exp(logits_MV - total_M[:, None])
-        is_token_MV = jnp.arange(logits_MV.shape[-1])[None, :] == tokens_M[:, None]
+        p_MV = kept_MV
+        if p_MV is None:
+            logits_MV = _chunk_logits(head_VD, hidden_MD, tokens_M, cfg, filters)
+            p_MV = jnp.exp(logits_MV - total_M[:, None])
+        is_token_MV = jnp.arange(p_MV.shape[-1])[None, :] == tokens_M[:, None]
         scaled_M1 = (scale * grad_M)[:, None]
         dlogits_MV = (jnp.where(is_token_MV, scaled_M1, 0.0) - scaled_M1 * p_MV).astype(
             head_VD.dtype)
