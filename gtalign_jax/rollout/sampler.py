@@ -191,6 +191,7 @@ def make_sampler(cfg: ModelConfig, sampler: SamplerConfig, samples: int,
     """
     if not stop_ids:
         raise ValueError("stop_ids is empty: a row could only end by running out of tokens")
+
     def prefill(params: Params, tokens_QS, lengths_Q) -> tuple[PromptCache, jax.Array]:
         last_Q, stream_lengths_Q = forward.split_prompt(tokens_QS, lengths_Q)
         return decode.prefill(params, cfg, tokens_QS, stream_lengths_Q, layout, common), last_Q
