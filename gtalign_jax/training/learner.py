@@ -52,6 +52,12 @@ def make_reshard(cfg: ModelConfig, layout: Layout, dtype: Any) -> Callable[[Para
     return jax.jit(copy, out_shardings=param_shardings(cfg, layout))
 
 
+def _rates(cfg: GRPOConfig, updates: int) -> np.ndarray:
+    """On the host and at once: asked for during an update, the device would answer after it."""
+    rate = schedule(cfg, updates)
+    return np.asarray(jax.vmap(lambda n: jnp.float32(rate(n)))(jnp.arange(updates)))
+
+
 @dataclasses.dataclass(frozen=True)
 class Learner:
     """The jitted programs of the GRPO stage, made once."""
@@ -62,7 +68,7 @@ class Learner:
     one_update: Callable[..., Any]
     logps: Callable[..., jax.Array]
     advantages: Callable[..., jax.Array]
-    rate: Callable[[int], float]
+    rates: np.ndarray  # the learning rate of each update
 
     @classmethod
     def make(cls, model: ModelConfig, cfg: GRPOConfig, layout: Layout, rollout: Layout, *,
@@ -82,7 +88,7 @@ class Learner:
                     reward, valid, std=cfg.std, epsilon=cfg.adv_epsilon
                 )
             ),
-            rate=schedule(cfg, total),
+            rates=_rates(cfg, total),
         )
 
     def signal(self, prompts: PromptBatch, verdict: Verdict) -> np.ndarray:
@@ -198,7 +204,7 @@ class Learner:
               ) -> dict[str, float]:
         """What is known about a step's batch without the model."""
         out = {
-            "grpo/learning_rate": float(self.rate((step + 1) * self.cfg.updates_per_step - 1)),
+            "grpo/learning_rate": float(self.rates[(step + 1) * self.cfg.updates_per_step - 1]),
             "grpo/adv_abs": float(np.abs(adv_QG).mean()),
             "grpo/groups_without_signal": float((adv_QG == 0).all(axis=1).mean()),
         }
