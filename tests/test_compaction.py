@@ -55,12 +55,13 @@ def by_hand(lengths: np.ndarray, sizes: tuple[int, ...]) -> int:
     return slots
 
 
-def test_a_shrinking_batch_draws_the_same_tokens_in_fewer_positions():
-    plain, small = sample(0.0), sample(0.5)
+@pytest.mark.parametrize("shrink", [0.5, 0.8])
+def test_a_shrinking_batch_draws_the_same_tokens_in_fewer_positions(shrink):
+    plain, small = sample(0.0), sample(shrink)
     assert_same(small, plain)
     assert len(set(plain.lengths_QG.ravel().tolist())) > 8  # rows end at many different times
     assert plain.slots == plain.lengths_QG.max() * Q * G
-    assert small.slots == by_hand(small.lengths_QG, batch_sizes(Q * G, 0.5, 1))
+    assert small.slots == by_hand(small.lengths_QG, batch_sizes(Q * G, shrink, 1))
     assert small.slots < 0.7 * plain.slots
 
 
