@@ -123,10 +123,14 @@ def test_a_run_that_packs_its_completions_learns_as_one_that_pads_them(whole, tm
 
 def test_a_step_has_its_phases_and_is_no_shorter_than_they_are(whole):
     names = {f"time/{name}" for name in ("rollout", "reward", "update", "log")}
+    rest = []
     for row in runs.metrics(whole.workdir, "grpo"):
         assert {name for name in row if name.startswith("time/")} == names | {"time/step"}
         assert all(row[name] > 0 for name in names)
-        assert sum(row[name] for name in names) <= row["time/step"] * 1.001
+        rest.append(row["time/step"] - sum(row[name] for name in names))
+        assert rest[-1] >= -0.001 * row["time/step"]
+    # Apart from what follows some steps (a save, an evaluation) nothing goes uncounted.
+    assert min(rest) < 0.5
 
 
 def test_every_completion_is_in_the_rollout_log_once(whole):
