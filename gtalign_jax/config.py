@@ -26,7 +26,7 @@ from gtalign_jax.freeze import ConfigError, check_overrides, freeze, to_dict
 from gtalign_jax.model.load import ModelSource
 from gtalign_jax.model.sharding import BATCH_AXES, MeshConfig, batch_shards, is_flash
 from gtalign_jax.pod.start import PodConfig, installed
-from gtalign_jax.reward.judges import JudgeConfig
+from gtalign_jax.reward.judge_config import JudgeConfig
 from gtalign_jax.reward.normalizers import NORMALIZERS
 from gtalign_jax.reward.scoring import RewardConfig
 from gtalign_jax.rollout.sampler import SamplerConfig

@@ -34,7 +34,8 @@ from gtalign_jax.data.prompt import Prompt
 from gtalign_jax.data.sources import parse_line
 from gtalign_jax.game.welfare import AGGREGATIONS
 from gtalign_jax.reward import factors as factors_lib
-from gtalign_jax.reward.judges import Judge, JudgeConfig, make_judge
+from gtalign_jax.reward.judge_config import JudgeConfig
+from gtalign_jax.reward.judges import Judge, make_judge
 from gtalign_jax.reward.rules import RULES
 from gtalign_jax.reward.scoring import RewardConfig, Scores, score
 from gtalign_jax.reward.tasks import task_of

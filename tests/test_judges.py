@@ -9,7 +9,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from gtalign_jax.reward import http_judge
-from gtalign_jax.reward.judges import JudgeConfig, Judgement, JudgeRequest, make_judge, read_verdict
+from gtalign_jax.reward.judge_config import JudgeConfig
+from gtalign_jax.reward.judges import Judgement, JudgeRequest, make_judge, read_verdict
 from gtalign_jax.reward.rules import RULES
 
 UNIT, HALVES = (0.0, 1.0), (0.0, 0.5, 1.0)

@@ -11,6 +11,14 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from gtalign_jax.reward import factors, tasks
+from gtalign_jax.reward.judge_config import JudgeConfig
+
+# Why a judgement is missing. What was never asked (an unreadable chain) is none of these.
+CAUSES = (
+    "timeout", "rate_limit", "server", "connection", "rejected", "wrong_model", "unreadable",
+    "refused", "truncated", "unparsable", "off_scale", "deadline", "too_long", "not_stored", "no_judge",
+    "task_error",
+)
 
 
 @dataclass(frozen=True)
@@ -23,6 +31,7 @@ class JudgeRequest:
       data_source, question, ground_truth, extra: of the prompt.
       response: the text of `<response>`. analyze: the text of `<analyze>`.
       pareto: keys of the Pareto set of the chain's matrix.
+      task: how the source is measured; None: the built-in task of its name.
     """
 
     kind: Literal["quality", "consistency"]
@@ -33,15 +42,33 @@ class JudgeRequest:
     analyze: str = ""
     pareto: tuple[str, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
+    task: tasks.Task | None = None
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """A raw score on the task's scale (None = missing, with `error`) and the words behind it."""
+    """A raw score on the task's scale (None = missing, with `error`) and the words behind it.
+
+    Attributes:
+      cause: one of CAUSES where the score is missing, else None.
+      components: parts of the score by name, where the task declares some; logged, never weighed.
+      attempts: how often a server was asked. seconds: what its last answer took. stored: the
+        judgement comes from the store.
+    """
 
     score: float | None
     reply: str = ""
     error: str | None = None
+    cause: str | None = None
+    components: Mapping[str, float] = field(default_factory=dict)
+    attempts: int = 0
+    seconds: float = 0.0
+    stored: bool = False
+
+
+def missing(cause: str, error: str, reply: str = "") -> Judgement:
+    """No score, and why: one of CAUSES, and words for the user."""
+    return Judgement(None, reply, error[:300], cause)
 
 
 _VERDICT = re.compile(
@@ -49,76 +76,52 @@ _VERDICT = re.compile(
 )
 
 Judge = Callable[[Sequence[JudgeRequest]], list[Judgement]]
-Rule = Callable[[JudgeRequest], float]
+Rule = Callable[[JudgeRequest], "float | tasks.Measured"]
 
 
-@dataclass(frozen=True)
-class JudgeConfig:
-    """Which judge, and for "http" how to reach it.
+def make_judge(cfg: JudgeConfig, rules: Mapping[str, Rule], ask: Judge | None = None) -> Judge:
+    """The configured judge. What has a rule is judged by it unless `kind` is "none": a rule knows
+    its task better than any model, and costs nothing.
 
-    Attributes:
-      kind: "rule" (built-in tasks only), "http" (any OpenAI-compatible server) or "none".
-      base_url, model: of the server, such as http://localhost:8000/v1.
-      api_key_env: environment variable that holds the key; unset is fine for local servers.
-      concurrency: requests in flight. timeout_s: seconds of one attempt, waiting in our own queue
-        not counted. retries: attempts after the first, for failures that may pass.
-      max_tokens, temperature: of the judge's reply.
+    `ask`: the language model that judges the rest; made here for "http" if it is not given.
     """
-
-    kind: Literal["rule", "http", "none"] = "rule"
-    base_url: str = ""
-    model: str = ""
-    api_key_env: str = "OPENAI_API_KEY"
-    concurrency: int = 32
-    timeout_s: float = 120.0
-    retries: int = 4
-    max_tokens: int = 1024
-    temperature: float = 0.0
-
-    def __post_init__(self):
-        """Refuses what could never work, before anything is compiled or sent."""
-        if self.kind not in ("rule", "http", "none"):
-            raise ValueError(f"judge.kind={self.kind!r}; allowed: rule, http, none")
-        if self.kind == "http":
-            for name in ("base_url", "model"):
-                if not getattr(self, name):
-                    raise ValueError(f"judge.{name} is empty; judge.kind='http' needs it")
-        if self.concurrency < 1 or self.retries < 0 or self.timeout_s <= 0 or self.max_tokens < 1:
-            raise ValueError(
-                f"judge: concurrency={self.concurrency} and max_tokens={self.max_tokens} must be "
-                f">= 1, retries={self.retries} >= 0, timeout_s={self.timeout_s} > 0"
-            )
-
-
-def make_judge(cfg: JudgeConfig, rules: Mapping[str, Rule]) -> Judge:
-    """The configured judge. Sources that have a rule are judged by it unless `kind` is "none":
-    a rule knows the built-in tasks better than any model, and costs nothing."""
     if cfg.kind == "none":
         return _nobody
     if cfg.kind == "rule":
         return lambda requests: [_by_rule(request, rules) for request in requests]
-    from gtalign_jax.reward import http_judge  # the client takes a second to import
+    if ask is None:
+        from gtalign_jax.reward import http_judge  # the client takes a second to import
 
-    ask = http_judge.HttpJudge(cfg)
+        ask = http_judge.HttpJudge(cfg)
     return lambda requests: _rules_first(requests, rules, ask)
 
 
 def read_verdict(reply: str, scale: tuple[float, float], grades: tuple[float, ...]) -> Judgement:
-    """The last well-formed `<verdict>NUMBER</verdict>` of a reply.
+    """The last well-formed `<verdict>NUMBER</verdict>` of a reply, after what a reasoning model
+    thought aloud (`</think>`).
 
     Missing, with the reason, when there is none or when it is off the scale (or none of the
     `grades`, where the task has fixed ones): a judge that does not keep to its scale is not
     understood, and half-understood scores must not train anything.
     """
-    verdicts = _VERDICT.findall(reply)
+    _, closed, said = reply.rpartition("</think>")
+    if not closed and reply.lstrip().startswith("<think>"):
+        return missing("truncated", "the reply ends before </think>", reply)
+    verdicts = _VERDICT.findall(said)
     if not verdicts:
-        return Judgement(None, reply, "no <verdict>NUMBER</verdict> in the reply")
+        return missing("unparsable", "no <verdict>NUMBER</verdict> in the reply", reply)
     score = float(verdicts[-1])
     allowed = score in grades if grades else scale[0] <= score <= scale[1]
     if not allowed:
         known = ", ".join(f"{g:g}" for g in grades) or f"{scale[0]:g} to {scale[1]:g}"
-        return Judgement(None, reply, f"verdict {verdicts[-1][:20]} is off the scale ({known})")
+        off = f"verdict {verdicts[-1][:20]} is off the scale ({known})"
+        return missing("off_scale", off, reply)
     return Judgement(score, reply)
+
+
+def task_of(request: JudgeRequest) -> tasks.Task:
+    """How the source of a request is measured. Raises ValueError for an unknown one."""
+    return request.task or tasks.task_of(request.data_source)
 
 
 def scale_of(request: JudgeRequest) -> tuple[tuple[float, float], tuple[float, ...]]:
@@ -126,28 +129,46 @@ def scale_of(request: JudgeRequest) -> tuple[tuple[float, float], tuple[float, .
     if request.kind == "consistency":
         grades = tasks.CONSISTENCY_GRADES
         return (grades[0], grades[-1]), grades
-    task = tasks.task_of(request.data_source)
+    task = task_of(request)
     return task.scale, task.grades
 
 
 def _nobody(requests: Sequence[JudgeRequest]) -> list[Judgement]:
-    return [Judgement(None, "", "no judge is configured (judge.kind='none')") for _ in requests]
+    why = "no judge is configured (judge.kind='none')"
+    return [missing("no_judge", why) for _ in requests]
+
+
+def _rule_of(request: JudgeRequest, rules: Mapping[str, Rule]) -> Rule | None:
+    own = None if request.task is None else request.task.rule
+    return own or rules.get(request.data_source)
 
 
 def _by_rule(request: JudgeRequest, rules: Mapping[str, Rule]) -> Judgement:
     if request.kind == "consistency":
         score = factors.consistency_by_solver(request.analyze, request.pareto)
         return Judgement(score, "solver")
-    if request.data_source not in rules:
+    rule = _rule_of(request, rules)
+    if rule is None:
         reason = f"no rule judges {request.data_source!r}; judge.kind='http' asks a model"
-        return Judgement(None, "", reason)
-    return Judgement(float(rules[request.data_source](request)), "rule")
+        return missing("no_judge", reason)
+    try:
+        measured = tasks.Measured.of(rule(request))
+        _check_components(request, measured)
+    except Exception as error:  # a user's rule may raise whatever it likes: one row, not the batch
+        return missing("task_error", f"the rule of {request.data_source!r}: {error!r}")
+    return Judgement(measured.score, "rule", components=measured.components)
+
+
+def _check_components(request: JudgeRequest, measured: tasks.Measured) -> None:
+    declared = request.task.components if request.task else ()
+    if set(measured.components) != set(declared):
+        raise ValueError(f"components {sorted(measured.components)}; declared: {sorted(declared)}")
 
 
 def _rules_first(
     requests: Sequence[JudgeRequest], rules: Mapping[str, Rule], ask: Judge
 ) -> list[Judgement]:
-    has_rule = [r.kind == "quality" and r.data_source in rules for r in requests]
+    has_rule = [r.kind == "quality" and _rule_of(r, rules) is not None for r in requests]
     asked = iter(ask([r for r, ruled in zip(requests, has_rule, strict=True) if not ruled]))
     return [
         _by_rule(request, rules) if ruled else next(asked)

@@ -9,9 +9,12 @@ wants to hear, not the label "harmful". As in the paper's code only that label c
 refusal pays both sides there.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+import functools
+import importlib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
 
 from gtalign_jax.reward.bleu import char_bleu
 
@@ -25,6 +28,23 @@ class Qualities(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Measured:
+    """What a rule found: a raw score on its task's scale, and by name what it is made of."""
+
+    score: float
+    components: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, found: "float | Measured") -> "Measured":
+        """The same as a Measured; ValueError for a number that is not finite."""
+        measured = found if isinstance(found, cls) else cls(found)
+        components = {name: float(value) for name, value in measured.components.items()}
+        if not all(map(math.isfinite, (float(measured.score), *components.values()))):
+            raise ValueError(f"{measured} is not finite")
+        return cls(float(measured.score), components)
+
+
+@dataclass(frozen=True)
 class Task:
     """How responses of one data source are measured.
 
@@ -35,6 +55,9 @@ class Task:
       grades: the raw scores that exist; empty = every number of the scale.
       rubric: what the judge is told, in our own words.
       to_qualities: (score in [0, 1], ground truth, response) -> Qualities.
+      rule: (judges.JudgeRequest) -> raw score or Measured; with it no judge is asked.
+      components: the names that the rule's Measured must have, each logged by itself.
+      golden: (question, ground truth, a response that is right), shown to a judge before a run.
     """
 
     name: str
@@ -43,6 +66,24 @@ class Task:
     grades: tuple[float, ...]
     rubric: str
     to_qualities: Callable[[float, str, str], Qualities]
+    rule: "Callable[[Any], float | Measured] | None" = None
+    components: tuple[str, ...] = ()
+    golden: tuple[str, str, str] | None = None
+
+    def __post_init__(self) -> None:
+        """Refuses what could never be measured."""
+        low, high = self.scale
+        if not (math.isfinite(low) and math.isfinite(high) and low < high and high > 0):
+            raise ValueError(f"task {self.name!r}: scale={self.scale} must be finite, the lower "
+                             "end first, the upper one above 0")
+        off = [grade for grade in self.grades if not low <= grade <= high]
+        if off:
+            raise ValueError(f"task {self.name!r}: grades {off} are off its scale {self.scale}")
+        if self.measure not in ("math", "judge", "rule"):
+            raise ValueError(
+                f"task {self.name!r}: measure={self.measure!r}; allowed: math, judge, rule")
+        if self.components and self.rule is None:
+            raise ValueError(f"task {self.name!r}: components={self.components} without a rule")
 
     def qualities(self, raw: float, ground_truth: str, response: str) -> Qualities:
         """Qualities of a raw score; one outside the scale counts as its nearest end."""
@@ -134,8 +175,34 @@ TASKS: dict[str, Task] = {
 }
 
 
-def task_of(data_source: str) -> Task:
-    """The task of a data source; ValueError that lists the known ones."""
+def task_of(data_source: str, more: tuple[str, ...] = ()) -> Task:
+    """The task of a data source, one of TASKS or of the import paths `more`.
+
+    Raises ValueError that lists the known ones, or says what is wrong with an import path.
+    """
+    own = _imported(more)
+    if data_source in own:
+        return own[data_source]
     if data_source not in TASKS:
-        raise ValueError(f"data_source {data_source!r} is unknown; known: {', '.join(TASKS)}")
+        known = ", ".join((*own, *TASKS))
+        raise ValueError(f"data_source {data_source!r} is unknown; known: {known}; reward.tasks "
+                         "adds your own")
     return TASKS[data_source]
+
+
+@functools.cache
+def _imported(paths: tuple[str, ...]) -> dict[str, Task]:
+    found: dict[str, Task] = {}
+    for path in paths:
+        module, colon, name = path.partition(":")
+        try:
+            task = getattr(importlib.import_module(module), name) if colon else None
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ValueError(f"reward.tasks: {path!r} cannot be imported: {error}") from error
+        if not isinstance(task, Task):
+            raise ValueError(f"reward.tasks: {path!r} is no task; expected 'module:NAME' of a "
+                             "gtalign_jax.reward.tasks.Task")
+        if task.name in found or task.name in TASKS:
+            raise ValueError(f"reward.tasks: {path!r}: there already is a task {task.name!r}")
+        found[task.name] = task
+    return found

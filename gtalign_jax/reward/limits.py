@@ -1,0 +1,70 @@
+"""At most so many requests and tokens in any minute: the rate limits of a judge's servers.
+
+A window that slides: what was sent counts for 60 s. A bucket that fills up again would let twice
+the rate through in the minute after a pause.
+"""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+WINDOW_S = 60.0
+
+
+@dataclass
+class Sent:
+    """A request of so many `tokens` at time `at`, seconds of the clock."""
+
+    at: float
+    tokens: float
+
+
+class Limits:
+    """Waits, first come first served, until a request may be sent; for one event loop.
+
+    Args:
+      requests, tokens: the most that may be sent within any `WINDOW_S` seconds; 0: no limit.
+      clock: seconds that never go back.
+    """
+
+    def __init__(self, requests: float, tokens: float,
+                 clock: Callable[[], float] = time.monotonic):
+        self._requests, self._tokens, self._clock = requests, tokens, clock
+        self._sent: deque[Sent] = deque()
+        self._turn = asyncio.Lock()
+
+    async def take(self, tokens: float, is_open: Callable[[], float] = lambda: 0.0) -> Sent:
+        """Counts a request, to be sent at once. One of more tokens than the limit counts as that.
+
+        `is_open`: seconds for which nothing may be sent for other reasons.
+        """
+        if self._tokens:
+            tokens = min(tokens, self._tokens)
+        async with self._turn:  # a lock is fair: nobody small overtakes somebody large for ever
+            while (wait_s := max(self._wait_s(tokens), is_open())) > 0:
+                await asyncio.sleep(wait_s)
+            sent = Sent(self._clock(), tokens)
+            if self._requests or self._tokens:
+                self._sent.append(sent)
+            return sent
+
+    def settle(self, sent: Sent, tokens: float) -> None:
+        """It used other `tokens` than counted. More than the limit would block for a minute."""
+        sent.tokens = min(tokens, self._tokens) if self._tokens else tokens
+
+    def _wait_s(self, tokens: float) -> float:
+        """Seconds until a request of so many tokens fits into the window."""
+        now = self._clock()
+        while self._sent and self._sent[0].at <= now - WINDOW_S:
+            self._sent.popleft()
+        requests_over = len(self._sent) + 1 - self._requests if self._requests else 0
+        tokens_over = self._tokens and sum(s.tokens for s in self._sent) + tokens - self._tokens
+        for sent in self._sent:
+            if requests_over <= 0 and tokens_over <= 0:
+                break
+            requests_over, tokens_over = requests_over - 1, tokens_over - sent.tokens
+            if requests_over <= 0 and tokens_over <= 0:
+                return sent.at + WINDOW_S - now
+        return 0.0
