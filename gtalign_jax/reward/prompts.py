@@ -67,7 +67,7 @@ def _cut(text: str) -> str:
     return f"{text[:half]}\n[... {len(text) - 2 * half} characters left out ...]\n{text[-half:]}"
 
 
-_SPELT_OUT = re.compile(rf"[^\x20-\x7e\n\t]")
+_SPELT_OUT = re.compile(r"[^\x20-\x7e\n\t]")
 
 
 def _spelt_out(match: re.Match) -> str:

@@ -22,7 +22,14 @@ from typing import Any
 
 from gtalign_jax.reward import prompts
 from gtalign_jax.reward.judge_config import JudgeConfig
-from gtalign_jax.reward.judges import Judge, Judgement, JudgeRequest, missing, read_verdict, scale_of
+from gtalign_jax.reward.judges import (
+    Judge,
+    Judgement,
+    JudgeRequest,
+    missing,
+    read_verdict,
+    scale_of,
+)
 
 MAX_BYTES = 32 << 20
 
