@@ -16,8 +16,8 @@ from gtalign_jax.reward.judge_config import JudgeConfig
 # Why a judgement is missing. What was never asked (an unreadable chain) is none of these.
 CAUSES = (
     "timeout", "rate_limit", "server", "connection", "rejected", "wrong_model", "unreadable",
-    "refused", "truncated", "unparsable", "off_scale", "deadline", "too_long", "not_stored", "no_judge",
-    "task_error",
+    "refused", "truncated", "unparsable", "off_scale", "deadline", "too_long", "not_stored",
+    "no_judge", "task_error",
 )
 
 
