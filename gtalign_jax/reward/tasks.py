@@ -180,7 +180,7 @@ def task_of(data_source: str, more: tuple[str, ...] = ()) -> Task:
 
     Raises ValueError that lists the known ones, or says what is wrong with an import path.
     """
-    own = _imported(more)
+    own = {task.name: task for task in map(imported, more)}
     if data_source in own:
         return own[data_source]
     if data_source not in TASKS:
@@ -191,18 +191,16 @@ def task_of(data_source: str, more: tuple[str, ...] = ()) -> Task:
 
 
 @functools.cache
-def _imported(paths: tuple[str, ...]) -> dict[str, Task]:
-    found: dict[str, Task] = {}
-    for path in paths:
-        module, colon, name = path.partition(":")
-        try:
-            task = getattr(importlib.import_module(module), name) if colon else None
-        except (ImportError, AttributeError, ValueError) as error:
-            raise ValueError(f"reward.tasks: {path!r} cannot be imported: {error}") from error
-        if not isinstance(task, Task):
-            raise ValueError(f"reward.tasks: {path!r} is no task; expected 'module:NAME' of a "
-                             "gtalign_jax.reward.tasks.Task")
-        if task.name in found or task.name in TASKS:
-            raise ValueError(f"reward.tasks: {path!r}: there already is a task {task.name!r}")
-        found[task.name] = task
-    return found
+def imported(path: str) -> Task:
+    """The task at an import path "module:NAME". Raises ValueError where there is none."""
+    module, colon, name = path.partition(":")
+    try:
+        task = getattr(importlib.import_module(module), name) if colon else None
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"reward.tasks: {path!r} cannot be imported: {error}") from error
+    if not isinstance(task, Task):
+        raise ValueError(f"reward.tasks: {path!r} is no task; expected 'module:NAME' of a "
+                         "gtalign_jax.reward.tasks.Task")
+    if task.name in TASKS:
+        raise ValueError(f"reward.tasks: {path!r}: {task.name!r} is a task already")
+    return task
