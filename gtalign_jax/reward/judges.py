@@ -21,6 +21,10 @@ CAUSES = (
 )
 
 
+class JudgeError(RuntimeError):
+    """The judge cannot be worked with: not reached, not understood, or failing too often."""
+
+
 @dataclass(frozen=True)
 class JudgeRequest:
     """One question to a judge.

@@ -193,7 +193,7 @@ def score(
         pareto=pareto,
         judgements=quality,
         consistency_judgements=consistency,
-        components=_components(all_tasks, quality),
+        components=_components(cfg, quality),
     )
 
 
@@ -239,14 +239,12 @@ def _measure(
     )  # fmt: skip
 
 
-def _components(
-    all_tasks: Sequence[tasks.Task], quality: Sequence[Judgement | None]
-) -> dict[str, np.ndarray]:
-    names = dict.fromkeys(name for task in all_tasks for name in task.components)
+def _components(cfg: RewardConfig, quality: Sequence[Judgement | None]) -> dict[str, np.ndarray]:
+    """Of all tasks in the config: the names must not depend on the rows of a batch."""
     nan = float("nan")
     return {
         name: np.array([nan if q is None else q.components.get(name, nan) for q in quality])
-        for name in names
+        for name in tasks.component_names(cfg.tasks)
     }
 
 

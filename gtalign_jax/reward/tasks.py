@@ -190,6 +190,11 @@ def task_of(data_source: str, more: tuple[str, ...] = ()) -> Task:
     return TASKS[data_source]
 
 
+def component_names(more: tuple[str, ...]) -> tuple[str, ...]:
+    """The components that the tasks at these import paths declare, each once."""
+    return tuple(dict.fromkeys(name for path in more for name in imported(path).components))
+
+
 @functools.cache
 def imported(path: str) -> Task:
     """The task at an import path "module:NAME". Raises ValueError where there is none."""

@@ -1,8 +1,8 @@
 """The loops. A stage is: resume or start, then step, write, save, until its last step.
 
     grpo:  batch = data.batch(step)
-           rollout = sample(policy, batch)              on device
-           experience = assess(batch, rollout)          text -> welfare, on the host
+           rollout = sample(policy, batch)              on device, piece by piece
+           experience = assess(batch, rollout)          text -> welfare, on the host, meanwhile
            batch = advantages(rewards of all)
            state = update(state, reference, batch)      one jitted, donated step
     sft:   state = update(state, examples.batch(step))
@@ -178,13 +178,14 @@ def train_grpo(stage: Stage, fresh: Callable[[], TrainState], abstract: TrainSta
         prompts = data.batch(step, batch_size=cfg.prompts_per_step, seed=stage.seed)
         with timer("rollout", step + 1):
             policy = learner.reshard(state.params)
-            rollout = collect.roll(policy, prompts, named_key(key, "rollout", step))
+            assessing = collect.assessing(prompts)
+            rollout = collect.roll(policy, prompts, named_key(key, "rollout", step), assessing.add)
             del policy  # the rollout's copy of the weights: the update needs its place
             batch = learner.begin(state, reference, prompts, rollout)  # while the host scores
-            own = collect.fetch(rollout)
         with timer("reward", step + 1):
-            experience = collect.assess(prompts, *own)
+            experience = assessing.result()
             verdict = experience.verdict()
+            verdict.check(collect.max_missing)
         with timer("update", step + 1):
             adv_QG = learner.signal(prompts, verdict)
             plans = learner.plans(verdict, adv_QG, rollout.tokens_QGT.shape[2])
