@@ -70,7 +70,8 @@ def answer(
         mathematical = request.kind == "quality" and task_of(request).measure == "math"
         waiting[_by_algebra if mathematical and by != "judge" else judge].append((row, request))
     for ask, rows in waiting.items():
-        answers = ask([request for _, request in rows]) if rows else []
+        # A judge is called without any, too: on a pod its answer may take all processes.
+        answers = ask([request for _, request in rows])
         for (row, request), judgement in zip(rows, answers, strict=True):
             if ask is _by_algebra and by == "fallback" and not _is_settled(judgement):
                 waiting[judge].append((row, request))

@@ -142,7 +142,7 @@ def remembering(cfg: JudgeConfig, store: JudgementStore, ask: Callable[..., list
         if cfg.mode == "replay":
             gone = missing("not_stored", "judge.mode='replay': the store holds no such judgement")
             found |= dict.fromkeys(lacking, gone)
-        elif lacking:
+        else:  # also without any: a model on the run's own devices is asked by all processes
             names = list(lacking)
 
             def keep(i: int, judgement: Judgement) -> None:

@@ -118,6 +118,7 @@ class Collector:
     micro_batch_prompts: int = 0  # sampled at a time per batch shard; 0: all
     overlap: bool = True  # score what is sampled while the rest is (training/assessing.py)
     max_missing: float = 1.0  # the share of judgements that may fail
+    max_new_tokens: int = 0  # T of its rollouts
 
     @property
     def sharding(self) -> NamedSharding:
@@ -145,6 +146,18 @@ class Collector:
         whole = rollouts[0] if pieces == 1 else self._join(rollouts)
         rows = share.place(whole.replace(slots=None), self.sharding)
         return rows.replace(slots=whole.slots)
+
+    def abstract(self, Q: int, G: int) -> Rollout:
+        """Shapes, types and places of a rollout of Q prompts, for a checkpoint that holds one."""
+        def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+            rows = self.sharding if shape else self.layout.sharding()
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
+
+        T = self.max_new_tokens
+        return Rollout(
+            tokens_QGT=array(jnp.int32, Q, G, T), logp_QGT=array(jnp.float32, Q, G, T),
+            lengths_QG=array(jnp.int32, Q, G), stopped_QG=array(bool, Q, G), slots=array(jnp.int32),
+        )
 
     @functools.cached_property
     def _join(self) -> Callable[[list[Rollout]], Rollout]:
