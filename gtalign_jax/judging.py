@@ -49,12 +49,14 @@ def _model(cfg: JudgeConfig):
 
 def asked_about(config: Config, sources: Sequence[str]) -> list[tasks.Task]:
     """The tasks among `sources` whose quality a language model judges."""
-    by_judge = {"judge"} | ({"math"} if config.reward.math != "equivalence" else set())
     found = [tasks.task_of(source, config.reward.tasks) for source in sorted(set(sources))]
-    if not config.judge.rules:
-        return found
-    return [task for task in found
-            if task.measure in by_judge and task.rule is None and task.name not in RULES]
+    by_algebra = config.reward.math == "equivalence"
+    ruled = RULES if config.judge.rules else {}
+    return [
+        task for task in found
+        if not (task.measure == "math" and by_algebra)
+        and not (config.judge.rules and task.rule is not None) and task.name not in ruled
+    ]
 
 
 def _preflight(config: Config, cfg: JudgeConfig, sources: Sequence[str]) -> None:

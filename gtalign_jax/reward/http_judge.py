@@ -18,6 +18,8 @@ import threading
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
+import openai
+
 from gtalign_jax.reward import prompts
 from gtalign_jax.reward.endpoints import Attempt, Endpoint, choose
 from gtalign_jax.reward.judge_config import JudgeConfig
@@ -82,6 +84,8 @@ class HttpJudge:
                 return await endpoint.models()
             except TimeoutError:
                 return f"no answer within {self._cfg.timeout_s:g} s"
+            except openai.APIStatusError as error:
+                return f"HTTP {error.status_code}: {error.message}"[:300]
             except Exception as error:  # whatever the client makes of an answer: its words
                 return f"{type(error).__name__}: {error}"[:300]
 
