@@ -5,8 +5,8 @@
 
 The rules of the built-in tasks sit behind a server on loopback, and the demo asks it over HTTP: once
 as it is, once with `share` of all requests failing, in every way that tests/judging.py knows (slow,
-rate limits, errors, hangs, half replies, resets, another model, garbage, drift in form …). Both go on
-from one cold start. One line of JSON:
+rate limits, errors, hangs, half replies, resets, another model, garbage, drift in form …). Both go
+on from one cold start. One line of JSON:
 
     missing         share of the judgements that failed for good, by cause
     wrong           completions whose score is not what the rule says; must be 0
