@@ -3,9 +3,9 @@
     python -m benchmarks.faulty_judge [--steps=50 --share=0.3 --concurrency=16
         --requests_per_minute=6000 --seed=0 --out=DIRECTORY]
 
-The rules of the built-in tasks sit behind a server on loopback, and the demo asks it over HTTP: once
-as it is, once with `share` of all requests failing, in every way that tests/judging.py knows (slow,
-rate limits, errors, hangs, half replies, resets, another model, garbage, drift in form …). Both go
+The rules of the built-in tasks sit behind a server on loopback, and the demo asks it over HTTP:
+once as it is, once with `share` of all requests failing, in every way that tests/judging.py knows
+(rate limits, errors, hangs, half replies, resets, another model, garbage, drift in form …). Both go
 on from one cold start. One line of JSON:
 
     missing         share of the judgements that failed for good, by cause

@@ -2,9 +2,9 @@
 
     python -m benchmarks.overlap [--steps=12 --latency=0.2 --concurrency=32 --out=DIRECTORY]
 
-The demo's GRPO, from one cold start, with the rules of the built-in tasks behind a server on loopback
-that takes `latency` seconds for each judgement. One line of JSON, medians over the steps after the
-first two, in seconds:
+The demo's GRPO, from one cold start, with the rules of the built-in tasks behind a server on
+loopback that takes `latency` seconds for each judgement. One line of JSON, medians over the steps
+after the first two, in seconds:
 
     free        nobody is waited for: the rules judge in the process
     after       the batch is sampled in one piece, then judged
