@@ -26,6 +26,7 @@ from gtalign_jax.freeze import ConfigError, check_overrides, freeze, to_dict
 from gtalign_jax.model.load import ModelSource
 from gtalign_jax.model.sharding import BATCH_AXES, MeshConfig, batch_shards, is_flash
 from gtalign_jax.pod.start import PodConfig, installed
+from gtalign_jax.reward.factors import NAMES as FACTORS
 from gtalign_jax.reward.judge_config import JudgeConfig
 from gtalign_jax.reward.normalizers import NORMALIZERS
 from gtalign_jax.reward.scoring import RewardConfig
@@ -190,6 +191,10 @@ def _grpo_problems(grpo: GRPOConfig, shards: int) -> list[str]:
         problems.append(
             f"grpo.normalizer={grpo.normalizer!r}: expected one of {tuple(NORMALIZERS)}"
         )
+    if grpo.filter_on and grpo.filter_on not in FACTORS:
+        problems.append(
+            f"grpo.filter_on={grpo.filter_on!r}: expected '' (off) or one of {FACTORS}"
+        )
     if grpo.samples_per_prompt < 2:
         problems.append(
             f"grpo.samples_per_prompt={grpo.samples_per_prompt}: must be >= 2, a completion is "
@@ -289,7 +294,7 @@ def fingerprint(config: Config, **identity: Any) -> dict[str, Any]:
     flat = {key: value for key, value in flat.items() if not _CIRCUMSTANCES.fullmatch(key)}
     # Younger than many a checkpoint, which was made with these values.
     for key, value in (("data.reasoning", "tagged"), ("reward.reasoning", "tagged"),
-                       ("sft.repriced", 0.0)):
+                       ("sft.repriced", 0.0), ("grpo.filter_on", "")):
         if flat[key] == value:
             del flat[key]
     for section in ("sft", "grpo"):

@@ -67,20 +67,29 @@ class Experience:
             _mention_missing(whole.scores)
         return whole
 
-    def verdict(self) -> "Verdict":
-        """What every process needs of the whole batch's scores. A collective."""
-        own = Verdict(self.scores.reward_B, self.scores.valid_B, self.stopped_B, self.lengths_B)
+    def verdict(self, filter_on: str = "") -> "Verdict":
+        """What every process needs of the whole batch's scores. A collective.
+
+        `filter_on`: the factor that is to be in it (a key of `scores.factors`); "" for none.
+        """
+        values_B = self.scores.factors[filter_on] if filter_on else None
+        own = Verdict(self.scores.reward_B, self.scores.valid_B, self.stopped_B, self.lengths_B,
+                      values_B)
         return share.everywhere(own, self.rows_B, "verdict")
 
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """Rewards of a whole batch of completions; where `valid_B` is False they mean nothing."""
+    """Rewards of a whole batch of completions; where `valid_B` is False they mean nothing.
+
+    `filter_B`: the factor that `grpo.filter_on` names; None where it names none.
+    """
 
     reward_B: np.ndarray
     valid_B: np.ndarray
     stopped_B: np.ndarray
     lengths_B: np.ndarray
+    filter_B: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
