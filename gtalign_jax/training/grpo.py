@@ -161,7 +161,9 @@ def advantages(reward_QG, valid_QG, *, std: str = "group", epsilon: float = 1e-4
     """Group-relative advantages `[Q, G]`, float32.
 
     Statistics (ddof 0) run over the valid members only; others get 0. A group whose valid rewards
-    are all exactly equal, or with fewer than two, gives zeros: rounding in the mean is no signal.
+    are all equal, or with fewer than two, gives zeros: rounding in the mean is no signal. Rewards
+    come as float64: two that differ by its rounding may lie on either side of where float32 rounds
+    up, so one step of float32 counts as equal, too.
     """
     reward_QG = jnp.where(valid_QG, reward_QG.astype(jnp.float32), 0.0)
     count_Q1 = jnp.maximum(valid_QG.sum(axis=1, keepdims=True), 1)
@@ -171,7 +173,8 @@ def advantages(reward_QG, valid_QG, *, std: str = "group", epsilon: float = 1e-4
     if std == "group":
         variance_Q1 = (centred**2).sum(axis=1, keepdims=True) / count_Q1
         centred = centred / (jnp.sqrt(variance_Q1) + epsilon)
-    return jnp.where(valid_QG & (high_Q1 > low_Q1), centred, 0.0)
+    differ_Q1 = high_Q1 > jnp.nextafter(low_Q1, jnp.inf)
+    return jnp.where(valid_QG & differ_Q1, centred, 0.0)
 
 
 def token_weights(lengths_QG, valid_QG, T: int, aggregation: str) -> jax.Array:
