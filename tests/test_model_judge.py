@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ import numpy as np
 import pods
 import pytest
 
-from gtalign_jax.data.chat import decode, encode_chats, encode_completion
+from gtalign_jax.data.chat import decode, encode_chats, encode_completion, load_tokenizer
 from gtalign_jax.data.sources import DataConfig, load_prompts
 from gtalign_jax.data.tokenizer import CHAT_TEMPLATE, train_tokenizer
 from gtalign_jax.model import forward, hf
@@ -35,7 +37,7 @@ from gtalign_jax.training.state import make_optimizer, make_state
 STEPS = 70
 GRADES = {"builtin-arithmetic": 0.25, "builtin-ambiguity": 1.0, "builtin-safety": 0.5,
           "builtin-writing": 3.5}
-CONFIG = JudgeConfig(kind="jax", model="(a directory)", prompt_tokens=512, max_tokens=16,
+CONFIG = JudgeConfig(kind="jax", model="(a directory)", prompt_tokens=448, max_tokens=16,
                      batch_size=8)
 
 
@@ -46,7 +48,7 @@ def requests(split: str, count: int) -> list[JudgeRequest]:
         JudgeRequest("consistency", p.data_source, p.question, p.ground_truth, "It is so.",
                      f"VQ_CQ is best for: {p.question}", ("VQ_CQ", "DQ_DA"))
         if i % 5 == 4 else
-        JudgeRequest("quality", p.data_source, p.question, p.ground_truth, f"{p.ground_truth}.")
+        JudgeRequest("quality", p.data_source, p.question, p.ground_truth, "It is so.")
         for i, p in enumerate(load_prompts(data, split))
     ]
 
@@ -56,49 +58,56 @@ def grade(request: JudgeRequest) -> float:
     return 0.0 if request.kind == "consistency" else GRADES[request.data_source]
 
 
-def teach(directory, tokenizer, cfg: ModelConfig, examples: list[JudgeRequest]) -> None:
-    """A cold start by the project's own code, on the judge's prompts."""
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """What the models below lie in, and their tokenizer."""
+    made = tmp_path_factory.mktemp("judges")
+    texts = ["\n".join(m["content"] for m in prompts.messages(r)) for r in requests("train", 200)]
+    train_tokenizer([*texts, "So be it.\n<verdict></verdict>"] * 2, 1600, made / "tokenizer",
+                    chain_pieces=False)
+    return made
+
+
+def sizes(folder: Path, **changed) -> ModelConfig:
+    tokens = len(load_tokenizer(folder / "tokenizer"))
+    return ModelConfig(**{
+        "family": "llama", "vocab_size": tokens, "d_model": 32, "d_ff": 64, "num_layers": 1,
+        "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "max_position": 1024, "init_scale": 0.4,
+        **changed})
+
+
+def teach(folder: Path, cfg: ModelConfig) -> str:
+    """A cold start by the project's own code, on the judge's prompts; where the model lies."""
+    tokenizer, examples = load_tokenizer(folder / "tokenizer"), requests("train", 200)
     asked = encode_chats(tokenizer, map(prompts.messages, examples))
     answers = [[*encode_completion(tokenizer, f"So be it.\n<verdict>{grade(r):g}</verdict>"),
                 tokenizer.eos_token_id] for r in examples]
     rows = ExampleSet(asked, answers, max(map(len, asked)), max(map(len, answers)))
     settings = SFTConfig(steps=STEPS, learning_rate=1e-2, batch_size=8)
     optimizer = make_optimizer(settings, STEPS)
-    layout = Layout(make_mesh(MeshConfig(), jax.devices()[:1]), TRAIN)
-    params = jax.device_put(init_params(cfg, jax.random.key(0)), param_shardings(cfg, layout))
-    state = make_state(params, cfg, optimizer, layout)
-    update = sft.make_update(cfg, settings, optimizer, layout=layout)
+    where = Layout(make_mesh(MeshConfig(), jax.devices()[:1]), TRAIN)
+    params = jax.device_put(init_params(cfg, jax.random.key(0)), param_shardings(cfg, where))
+    state = make_state(params, cfg, optimizer, where)
+    update = sft.make_update(cfg, settings, optimizer, layout=where)
     for step in range(STEPS):
         batch = rows.batch(step, batch_size=8, seed=0)
-        state, _ = update(state, jax.device_put(batch, layout.sharding("prompts")))
-    hf.save_pretrained(state.params, cfg, directory, tokenizer_dir=directory.parent / "tokenizer")
-
-
-@dataclasses.dataclass(frozen=True)
-class Models:
-    """Directories: a Qwen3 taught to grade, and a Llama with random weights of these sizes."""
-
-    taught: str
-    random: str
-    sizes: ModelConfig
+        state, _ = update(state, jax.device_put(batch, where.sharding("prompts")))
+    hf.save_pretrained(state.params, cfg, folder / "grader", tokenizer_dir=folder / "tokenizer")
+    return str(folder / "grader")
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory) -> Models:
-    folder = tmp_path_factory.mktemp("judges")
-    examples = requests("train", 200)
-    texts = ["\n".join(m["content"] for m in prompts.messages(r)) for r in examples]
-    tokenizer = train_tokenizer([*texts, "So be it.\n<verdict></verdict>"] * 2, 1600,
-                                folder / "tokenizer", chain_pieces=False)
-    cfg = ModelConfig(
-        family="qwen3", vocab_size=len(tokenizer), d_model=32, d_ff=64, num_layers=1, num_heads=4,
-        num_kv_heads=2, head_dim=8, qk_norm=True, max_position=1024, init_scale=0.1,
-    )
-    teach(folder / "taught", tokenizer, cfg, examples)
-    wild = dataclasses.replace(cfg, family="llama", qk_norm=False, init_scale=0.4)
-    hf.save_pretrained(init_params(wild, jax.random.key(1)), wild, folder / "random",
-                       tokenizer_dir=folder / "tokenizer")
-    return Models(str(folder / "taught"), str(folder / "random"), wild)
+def babbler(folder) -> str:
+    """A Llama with random weights."""
+    hf.save_pretrained(init_params(sizes(folder), jax.random.key(1)), sizes(folder),
+                       folder / "babbler", tokenizer_dir=folder / "tokenizer")
+    return str(folder / "babbler")
+
+
+@pytest.fixture(scope="module")
+def grader(folder) -> str:
+    """A Qwen3 that was taught to grade."""
+    return teach(folder, sizes(folder, family="qwen3", qk_norm=True, init_scale=0.1))
 
 
 def layout(**sizes: int) -> Layout:
@@ -111,9 +120,9 @@ def judge_of(directory: str, where: Layout, **changed):
 
 
 @pytest.fixture(scope="module")
-def eight(models):
+def eight(grader):
     """The taught judge over eight devices, its weights cut in two."""
-    return judge_of(models.taught, layout(data=2, fsdp=2, tensor=2))
+    return judge_of(grader, layout(data=2, fsdp=2, tensor=2))
 
 
 @pytest.mark.slow
@@ -136,7 +145,7 @@ def test_what_cannot_be_judged_is_missing_with_its_cause_and_the_rest_is_not(eig
     long = dataclasses.replace(short, response="word " * 600)
     found = eight([long, short])
     assert (found[0].score, found[0].cause) == (None, "too_long")
-    assert "judge.prompt_tokens=512" in found[0].error
+    assert "judge.prompt_tokens=448" in found[0].error
     assert found[1].score == grade(short)
 
     hasty = dataclasses.replace(eight, config=dataclasses.replace(eight.config, max_tokens=3))
@@ -144,22 +153,22 @@ def test_what_cannot_be_judged_is_missing_with_its_cause_and_the_rest_is_not(eig
     assert (cut.score, cut.cause) == (None, "truncated")
     assert cut.reply and found[1].reply.startswith(cut.reply) and "judge.max_tokens=3" in cut.error
 
-    for said, cause in (("grade", "unparsable"), ("verdict>7", "off_scale")):
+    for said, cause in (("<grade>", "unparsable"), ("<verdict>7", "off_scale")):
         with monkeypatch.context() as patch:
             patch.setattr(model_judge, "decode", lambda tokenizer, ids, said=said: decode(
-                tokenizer, ids).replace("verdict", said, 1))
+                tokenizer, ids).replace("<verdict>", said, 1))
             bad, = eight([other])
         assert (bad.score, bad.cause) == (None, cause), bad
 
 
-def plain(models: Models, judge, request: JudgeRequest, count: int) -> str:
+def plain(folder: Path, judge, request: JudgeRequest) -> str:
     """The reply by the plain forward pass, one token at a time, the whole row anew each time."""
-    ids, = encode_chats(judge.tokenizer, [prompts.messages(request)])
-    params, begun = hf.load_params(models.random, models.sizes), len(ids)
-    for _ in range(count):
+    cfg, (ids,) = sizes(folder), encode_chats(judge.tokenizer, [prompts.messages(request)])
+    params, begun = hf.load_params(judge.config.model, cfg), len(ids)
+    for _ in range(judge.config.max_tokens):
         row = np.zeros((1, 640), np.int32)
         row[0, : len(ids)] = ids
-        logits = _logits(params, models.sizes, row, np.array([len(ids)]))
+        logits = _logits(params, cfg, row, np.array([len(ids)]))
         ids.append(int(logits[0, len(ids) - 1].argmax()))
         if ids[-1] == judge.tokenizer.eos_token_id:
             break
@@ -170,17 +179,17 @@ _logits = jax.jit(forward.full_logits, static_argnums=1)
 
 
 @pytest.mark.slow
-def test_replies_are_those_of_a_plain_greedy_loop_on_any_devices_in_any_order(models):
+def test_replies_are_those_of_a_plain_greedy_loop_on_any_devices_in_any_order(folder, babbler):
     """A random model's words hang on every position: a cache or a prefix that is a token off, or
     a row that is mixed up, changes them."""
     asked = requests("test", 12)
-    over_eight = judge_of(models.random, layout(data=4, fsdp=1, tensor=2))
+    over_eight = judge_of(babbler, layout(data=4, fsdp=1, tensor=2))
     assert over_eight.prefix, "the instruction is computed once"
     replies = [judgement.reply for judgement in over_eight(asked)]
     assert len(set(replies)) > 6
     for i in (0, 4, 11):
-        assert replies[i] == plain(models, over_eight, asked[i], 16)
-    on_one = judge_of(models.random, layout(data=1, fsdp=1, tensor=1), batch_size=5)
+        assert replies[i] == plain(folder, over_eight, asked[i])
+    on_one = judge_of(babbler, layout(data=1, fsdp=1, tensor=1), batch_size=5)
     assert [judgement.reply for judgement in on_one(asked[::-1])] == replies[::-1]
     # Without the common prefix the words are the same.
     whole = dataclasses.replace(on_one, prefix=(-1,))
@@ -188,13 +197,13 @@ def test_replies_are_those_of_a_plain_greedy_loop_on_any_devices_in_any_order(mo
 
 
 @pytest.mark.slow
-def test_what_is_drawn_hangs_on_the_request_not_on_its_company(models):
-    judge = judge_of(models.random, layout(data=1, fsdp=1, tensor=1), batch_size=5,
+def test_what_is_drawn_hangs_on_the_request_not_on_its_company(folder, babbler):
+    judge = judge_of(babbler, layout(data=1, fsdp=1, tensor=1), batch_size=5,
                      temperature=1.0)
     asked = requests("test", 7)
     replies = [judgement.reply for judgement in judge(asked)]
     assert [judgement.reply for judgement in judge(asked[::-3])] == replies[::-3]
-    assert replies[0] != plain(models, judge, asked[0], 16)
+    assert replies[0] != plain(folder, judge, asked[0])
     assert len(set(replies)) == 7
 
 
@@ -222,10 +231,10 @@ class Parrot:
 
 
 @pytest.fixture
-def parroting(models):
+def parroting(babbler):
     """(judge, its sampler), for changed settings."""
     def one(**changed):
-        judge = judge_of(models.random, layout(data=2, fsdp=1, tensor=1), **changed)
+        judge = judge_of(babbler, layout(data=2, fsdp=1, tensor=1), **changed)
         parrot = Parrot(judge.tokenizer, "<verdict>1</verdict>")
         return dataclasses.replace(judge, sample=parrot, sample_any=parrot), parrot
 
@@ -235,7 +244,7 @@ def parroting(models):
 def test_equal_requests_are_judged_once_and_batches_have_few_shapes(parroting):
     judge, parrot = parroting()
     asked = [r for r in requests("test", 20) if r.kind == "quality"]
-    short = [dataclasses.replace(asked[0], response="yes " * n) for n in (1, 30, 60)]
+    short = [dataclasses.replace(asked[0], response="yes " * n) for n in (1, 20, 40)]
     asked = [*asked, *short, asked[0], asked[3]]
     found = judge(asked)
     assert [judgement.score for judgement in found] == [1.0] * len(asked)
@@ -245,12 +254,12 @@ def test_equal_requests_are_judged_once_and_batches_have_few_shapes(parroting):
     # 19 rows in batches of eight; the last is filled up with rows that end after a token.
     assert [limits.count(1) for limits in parrot.limits] == [0, 0, 5]
     assert {shape[0] for shape in parrot.shapes} == {8}
-    assert judge.widths == (64, 128, 256, 512)
+    assert judge.widths == (64, 112, 224, 448)
     assert {shape[1] for shape in parrot.shapes} <= set(judge.widths)
     assert judge([]) == [] and len(parrot.shapes) == 3
 
 
-def test_thinking_is_switched_in_the_template(models, parroting, tmp_path):
+def test_thinking_is_switched_in_the_template(parroting):
     template = CHAT_TEMPLATE + "{% if not enable_thinking %}<think></think>{% endif %}"
     for thinking in ("on", "off"):
         judge, parrot = parroting(thinking=thinking)
@@ -263,12 +272,12 @@ def test_thinking_is_switched_in_the_template(models, parroting, tmp_path):
 def test_prompts_that_begin_otherwise_are_not_given_the_common_prefix(parroting):
     """A template that writes the date begins otherwise after midnight."""
     judge, parrot = parroting()
-    other = Parrot(judge.tokenizer, "<verdict>0.25</verdict>")
+    other = Parrot(judge.tokenizer, "<verdict>0</verdict>")
     judge = dataclasses.replace(judge, sample_any=other)
     request = requests("test", 1)[0]
     assert judge([request])[0].score == 1.0 and not other.rows
     judge.tokenizer.chat_template = "Tuesday. " + CHAT_TEMPLATE
-    assert judge([request])[0].score == 0.25 and len(parrot.shapes) == 1
+    assert judge([request])[0].score == 0.0 and len(parrot.shapes) == 1
 
 
 def test_a_store_keeps_what_the_judge_tells_and_asks_it_no_more(parroting, tmp_path):
@@ -290,19 +299,19 @@ def test_a_store_keeps_what_the_judge_tells_and_asks_it_no_more(parroting, tmp_p
     ({"top_p": 0.0}, "judge.top_p=0.0.*> 0"),
     ({"reasoning_effort": "high"}, "judge.reasoning_effort='high'.*judge.thinking"),
     ({"extra_body": '{"seed": 1}'}, "judge.extra_body=.*chat_template_kwargs alone, not seed"),
-    ({"prompt_tokens": 200}, "judge.prompt_tokens=200: the rubric alone takes up to 3.. tokens"),
-    ({"max_tokens": 600}, "prompt_tokens=512 . judge.max_tokens=600 may be at most 1024"),
+    ({"prompt_tokens": 200}, "judge.prompt_tokens=200: the rubric alone takes up to 2.. tokens"),
+    ({"max_tokens": 600}, "prompt_tokens=448 . judge.max_tokens=600 may be at most 1024"),
     ({"model": "/no/such"}, "judge.model='/no/such': there is no such directory; allowed"),
 ])
-def test_settings_that_cannot_work_are_named_with_what_is_allowed(models, changed, message):
+def test_settings_that_cannot_work_are_named_with_what_is_allowed(babbler, changed, message):
     with pytest.raises(ValueError, match=message):
-        judge_of(**{"directory": changed.pop("model", models.random),
+        judge_of(**{"directory": changed.pop("model", babbler),
                     "where": layout(data=4, fsdp=1, tensor=2)}, **changed)
 
 
-def test_a_mesh_that_does_not_divide_the_judge_is_named(models):
+def test_a_mesh_that_does_not_divide_the_judge_is_named(babbler):
     with pytest.raises(ValueError, match="judge.model=.*mesh.tensor=4 does not divide.*num_kv"):
-        judge_of(models.random, layout(data=1, fsdp=1, tensor=4))
+        judge_of(babbler, layout(data=1, fsdp=1, tensor=4))
 
 
 SYSTEMLESS = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
@@ -319,13 +328,9 @@ SYSTEMLESS = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no sys
     ({"gone": "tokenizer.json"}, "judge.model="),
     ({"gone": "model.safetensors"}, "judge.model=.*safetensors"),
 ])
-def test_a_directory_that_cannot_judge_is_named_with_the_reason(models, tmp_path, change, message):
-    import shutil
-
-    from transformers import AutoTokenizer
-
-    directory = shutil.copytree(models.random, tmp_path / "judge")
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+def test_a_directory_that_cannot_judge_is_named_with_the_reason(babbler, tmp_path, change, message):
+    directory = shutil.copytree(babbler, tmp_path / "judge")
+    tokenizer = load_tokenizer(directory)
     if "gone" in change:
         (directory / change["gone"]).unlink()
     else:
@@ -333,7 +338,7 @@ def test_a_directory_that_cannot_judge_is_named_with_the_reason(models, tmp_path
             setattr(tokenizer, name, change.get(name, getattr(tokenizer, name)))
         tokenizer.add_tokens([f"word{i}" for i in range(change.get("more", 0))])
         shutil.rmtree(directory)
-        shutil.copytree(models.random, directory)
+        shutil.copytree(babbler, directory)
         (directory / "chat_template.jinja").unlink()
         tokenizer.save_pretrained(directory)
     with pytest.raises(ValueError, match=message):
@@ -344,33 +349,39 @@ def test_a_directory_that_cannot_judge_is_named_with_the_reason(models, tmp_path
 
 CHILD = """
 import json, sys
-import jax.numpy as jnp
+sys.path.insert(0, {tests!r})
 import test_model_judge as test
 from gtalign_jax.model.sharding import ROLLOUT, Layout, MeshConfig, make_mesh
 from gtalign_jax.pod import exchange
 from gtalign_jax.pod.start import PodConfig, start
+from gtalign_jax.training.model_judge import ModelJudge
 
 start(PodConfig(start_s=60))
-judge = test.judge_of({directory!r}, Layout(make_mesh(MeshConfig(data=2, fsdp=1)), ROLLOUT))
-sampled, batches = [], judge._batches
-object.__setattr__(judge, "_batches", lambda own: sampled.extend(batches(own)) or sampled[-2:])
-asked = test.requests("test", 12)
-mine = [asked[:9], asked[8:]][exchange.process_index()]
-first = [judgement.reply for judgement in judge(mine)]
-del sampled[:]
-second = [j.reply for j in judge(asked[2:4] if exchange.process_index() else [])]
-none = judge([])
-print("found", json.dumps([first, second, none, len(sampled)]))
+judged = []
+
+class Noting(ModelJudge):
+    def _batches(self, own):
+        batches = super()._batches(own)
+        judged.append(sum(map(len, batches)))
+        return batches
+
+where = Layout(make_mesh(MeshConfig(data=2, fsdp=1)), ROLLOUT)
+judge = Noting(**vars(test.judge_of({directory!r}, where)))
+asked, first = test.requests("test", 12), exchange.is_first()
+mine = (asked[:9] if first else asked[8:], [] if first else asked[2:4], [])
+replies = [[judgement.reply for judgement in judge(part)] for part in mine]
+print("found", json.dumps([replies, judged]))
 """
 
 
 @pytest.mark.slow
-def test_processes_with_unequal_numbers_of_requests_share_the_work_and_get_their_own(models):
-    script = f"import sys; sys.path.insert(0, {str(pods.ROOT / 'tests')!r})\n"
-    results = pods.ended(pods.spawn(script + CHILD.format(directory=models.random), 2), within=120)
+def test_processes_with_unequal_numbers_of_requests_share_the_work_and_get_their_own(babbler):
+    script = CHILD.format(tests=str(pods.ROOT / "tests"), directory=babbler)
+    results = pods.ended(pods.spawn(script, 2), within=120)
     assert [result.status for result in results] == [0, 0], results
     told = [json.loads(result.text.rpartition("found ")[2]) for result in results]
-    alone = judge_of(models.random, layout(data=1, fsdp=1, tensor=1))
+    alone = judge_of(babbler, layout(data=1, fsdp=1, tensor=1))
     replies = [judgement.reply for judgement in alone(requests("test", 12))]
-    assert told[0] == [replies[:9], [], [], 1]
-    assert told[1] == [replies[8:], replies[2:4], [], 1]
+    assert [found for found, _ in told] == [
+        [replies[:9], [], []], [replies[8:], replies[2:4], []]]
+    assert [judged for _, judged in told] == [[12, 2, 0]] * 2  # request 8, of both, is judged once
