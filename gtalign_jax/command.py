@@ -3,8 +3,8 @@
     flags -> Config -> the processes of a pod become one -> the command's own work
 
 A mistake of the user's ends in one line that names it and exit status 2; a run that diverges,
-cannot save or loses a process ends in one line and status 1. (On a pod the watch ends it:
-pod/watch.py.) SIGTERM saves the step at hand and ends a run with status 75.
+cannot save, has no judge or loses a process ends in one line and status 1. (On a pod the watch ends
+it: pod/watch.py.) SIGTERM saves the step at hand and ends a run with status 75.
 """
 
 import hashlib
@@ -20,6 +20,7 @@ from gtalign_jax.pod.ending import EXIT_MISTAKE, MISTAKES
 from gtalign_jax.pod.exchange import PodError, is_first
 from gtalign_jax.pod.notice import EXIT_PREEMPTED, Preempted
 from gtalign_jax.pod.start import start
+from gtalign_jax.reward.judges import JudgeError
 from gtalign_jax.training.checkpoint import CheckpointError
 
 CHATTY = {  # the judge's client reports each request, orbax warns of each look at a checkpoint
@@ -50,7 +51,7 @@ def carry_out(
     except Preempted as told:
         print(f"{told}; the same command goes on from there", file=sys.stderr)
         sys.exit(EXIT_PREEMPTED)
-    except (CheckpointError, FloatingPointError, PodError) as error:
+    except (CheckpointError, FloatingPointError, JudgeError, PodError) as error:
         sys.exit(_fail(error, 1))
 
 

@@ -81,9 +81,19 @@ _CIRCUMSTANCES = re.compile(
     r"workdir|stages|(mesh|checkpoint|evaluate|pod|track)\..*"
     r"|model\.attention|rollout\.(micro_batch_prompts|shrink|smallest)"
     r"|(sft|grpo)\.(micro_batch\w*|pack\w*|logit_chunk|remat|log_every|profile_step)"
-    r"|judge\.(base_url|api_key_env|concurrency|timeout_s|retries)"
+    r"|judge\.(base_url|api_key_env|concurrency|timeout_s|retries|deadline_s|max_missing|mode)"
+    r"|judge\.(store|preflight|requests_per_minute|tokens_per_minute|batch_size)"
     r"|data\.(test|test_size)"
 )
+
+
+# Younger than many a checkpoint, which was made with these values.
+_YOUNGER = {
+    "data.reasoning": "tagged", "reward.reasoning": "tagged", "sft.repriced": 0.0,
+    "reward.tasks": [], "judge.top_p": 1.0, "judge.thinking": "default", "judge.rules": True,
+    "judge.reasoning_effort": "", "judge.extra_body": "", "judge.prompt_tokens": 4096,
+    "grpo.ahead": 0,
+}
 
 
 def define_flag(example: str = "configs/demo_cpu.py") -> flags.FlagHolder:
@@ -287,10 +297,8 @@ def fingerprint(config: Config, **identity: Any) -> dict[str, Any]:
     """
     flat = flatten(to_dict(config))
     flat = {key: value for key, value in flat.items() if not _CIRCUMSTANCES.fullmatch(key)}
-    # Younger than many a checkpoint, which was made with these values.
-    for key, value in (("data.reasoning", "tagged"), ("reward.reasoning", "tagged"),
-                       ("sft.repriced", 0.0)):
-        if flat[key] == value:
+    for key, value in _YOUNGER.items():
+        if flat.get(key) == value:
             del flat[key]
     for section in ("sft", "grpo"):
         if flat[f"{section}.decay"] == "constant":

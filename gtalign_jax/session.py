@@ -19,7 +19,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ from gtalign_jax.data.prompt import Prompt
 from gtalign_jax.data.sources import load_prompts
 from gtalign_jax.data.tokenizer import chain_corpus, train_tokenizer
 from gtalign_jax.evaluation.evaluate import EVALUATIONS_FILE, Progress, evaluate, save_rows
+from gtalign_jax.judging import open_judge
 from gtalign_jax.model import load
 from gtalign_jax.model.sharding import (
     ROLLOUT,
@@ -60,8 +61,7 @@ from gtalign_jax.pod.exchange import is_first
 from gtalign_jax.pod.notice import Notice, Preempted
 from gtalign_jax.pod.start import check_same
 from gtalign_jax.pod.watch import Watch
-from gtalign_jax.reward.judges import Judge, make_judge
-from gtalign_jax.reward.rules import RULES
+from gtalign_jax.reward.judges import Judge
 from gtalign_jax.reward.tasks import task_of
 from gtalign_jax.rollout.sampler import SamplerConfig, make_sampler
 from gtalign_jax.training.checkpoint import Checkpointer
@@ -81,7 +81,8 @@ SFT_KEYS = ("seed", "model.", "data.", "sft.", "identity")  # what a cold start 
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """What it takes to let a policy answer prompts and to score it. Writes nothing anywhere."""
+    """What it takes to let a policy answer prompts and to score it. Writes nothing but what a
+    judge said."""
 
     config: Config
     model: ModelConfig
@@ -142,6 +143,9 @@ class Bench:
             layout=self.rollout_layout,
             filters=sampler.filters,
             micro_batch_prompts=micro_batch_prompts,
+            overlap=self.config.judge.kind != "jax",
+            max_missing=self.config.judge.max_missing,
+            max_new_tokens=sampler.max_new_tokens,
         )
 
 @dataclasses.dataclass(frozen=True)
@@ -203,14 +207,16 @@ class Session(Bench):
                      trace)
 
 
-def open_bench(config: Config, watch: Watch, tokenizer_dir: str) -> Bench:
+def open_bench(config: Config, watch: Watch, tokenizer_dir: str,
+               sources: Sequence[str] = ()) -> Bench:
     """Everything before the first answer; held-out prompts if the stages say "evaluate".
 
+    `sources`: data sources of prompts that the judge will hear of besides the held-out ones.
     Raises ValueError and the like with a text for the user.
     """
     mesh = make_mesh(config.mesh)
     held_out = load_prompts(config.data, "test") if "evaluate" in config.stages else []
-    _check_sources(held_out)
+    _check_sources(config, held_out)
     tokenizer = load_tokenizer(tokenizer_dir)
     model = load.model_config(config.model, len(tokenizer))
     check_model_fits(model, mesh)
@@ -222,7 +228,7 @@ def open_bench(config: Config, watch: Watch, tokenizer_dir: str) -> Bench:
         tokenizer_dir=tokenizer_dir,
         stop_ids=find_stop_ids(tokenizer, load.generation_config(config.model)),
         test=PromptSet(held_out, tokenizer, limit) if held_out else None,
-        judge=make_judge(config.judge, RULES),
+        judge=open_judge(config, [*sources, *(prompt.data_source for prompt in held_out)]),
         train_layout=Layout(mesh, TRAIN, config.model.attention),
         rollout_layout=Layout(mesh, ROLLOUT, config.model.attention),
         dtype=jnp.dtype(config.model.compute_dtype),
@@ -238,7 +244,8 @@ def open_session(config: Config, watch: Watch, notice: Notice) -> Session:
     keep_programs(f"{config.workdir}/compiled")
     trains = any(stage in config.stages for stage in export.TRAINING_STAGES)
     prompts = training_prompts(config) if trains else []
-    bench = open_bench(config, watch, _tokenizer(config, prompts, files))
+    sources = sorted({prompt.data_source for prompt in prompts})
+    bench = open_bench(config, watch, _tokenizer(config, prompts, files), sources)
     train = PromptSet(prompts, bench.tokenizer, config.data.max_prompt_tokens) if trains else None
     identity = _identity(config, bench.model, bench.tokenizer, prompts)
     session = Session(
@@ -277,13 +284,13 @@ def training_prompts(config: Config) -> list[Prompt]:
             "training files in data.train"
         )
     prompts = load_prompts(data, "train")
-    _check_sources(prompts)
+    _check_sources(config, prompts)
     return prompts
 
 
-def _check_sources(prompts: list[Prompt]) -> None:
+def _check_sources(config: Config, prompts: list[Prompt]) -> None:
     for source in sorted({prompt.data_source for prompt in prompts}):
-        task_of(source)
+        task_of(source, config.reward.tasks)
 
 
 def _files(config: Config) -> Files:

@@ -21,8 +21,8 @@ from pathlib import Path
 import runs
 from absl import app
 
+from gtalign_jax import judging
 from gtalign_jax import main as command
-from gtalign_jax import session
 from gtalign_jax.config import parse_flags
 from gtalign_jax.game.chain import render
 from gtalign_jax.pod import exchange
@@ -91,7 +91,7 @@ PLACES = {
 
 if __name__ == "__main__":
     collect.decode = legible
-    session.make_judge = noting_judge
+    judging.make_judge = noting_judge
     if planted := os.environ.get("PLANTED"):
         phase, step, process, how = planted.split(":")
         if os.environ.get("GTALIGN_PROCESS_INDEX") == process:

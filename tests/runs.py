@@ -62,9 +62,8 @@ def rows(workdir, name: str) -> list[dict]:
 
 def repeatable(rows: list[dict]) -> list[dict]:
     """Rows without what a clock or a count of this process's compilations has measured."""
-    return [
-        {k: v for k, v in row.items() if not k.startswith(("time/", "perf/"))} for row in rows
-    ]
+    clocks = ("time/", "perf/", "judge/seconds")
+    return [{k: v for k, v in row.items() if not k.startswith(clocks)} for row in rows]
 
 
 PAYOFF = {key: {"LLM": i, "user": 2 * i + 1} for i, key in enumerate(KEYS)}

@@ -239,7 +239,7 @@ def test_a_judge_that_is_down_leaves_missing_completions_and_needs_no_training_p
     config = runs.config(
         tmp_path, data__source="jsonl", data__test=(str(questions),), data__test_size=0,
         judge__kind="http", judge__base_url="http://127.0.0.1:9/v1", judge__model="gone",
-        judge__retries=0, judge__timeout_s=2.0,
+        judge__retries=0, judge__timeout_s=2.0, judge__preflight=False,
     )
     out = command.evaluate(config, str(trained))
     rows = runs.rows(out, "evaluations.jsonl")

@@ -120,7 +120,7 @@ def test_given_scores_are_not_asked_for_and_are_clipped():
         [prompt(), prompt("math-hard", "3"), prompt("medium", "abcdefgh")],
         [TEXT] * 3, judge, RewardConfig(), given=[{"quality": 7}, {"quality": 0}, {"quality": 3}],
     )  # fmt: skip
-    assert judge.calls == 0
+    assert not judge.asked
     np.testing.assert_array_equal(found.factors["q_llm"], [1.0, 0.0, 0.75])
     assert found.judgements[0] == Judgement(7.0, "given")
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import runs
 
+from gtalign_jax import judging
 from gtalign_jax import run as run_lib
-from gtalign_jax import session as session_lib
 from gtalign_jax.export import checkpoint_dir
 from gtalign_jax.model.sharding import TRAIN, Layout, MeshConfig, make_mesh
 from gtalign_jax.reward.factors import NAMES as FACTORS
@@ -65,7 +65,7 @@ def whole(tmp_path_factory):
     workdir, batches = tmp_path_factory.mktemp("run"), []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(collect, "decode", runs.fluent)
-        patch.setattr(session_lib, "make_judge", flaky_judge)
+        patch.setattr(judging, "make_judge", flaky_judge)
         scored = Learner.scored
 
         def spy(*args):
@@ -109,7 +109,7 @@ def test_on_policy_numbers_are_those_of_a_policy_compared_with_itself(whole):
 def test_a_run_that_packs_its_completions_learns_as_one_that_pads_them(whole, tmp_path,
                                                                        monkeypatch):
     monkeypatch.setattr(collect, "decode", runs.fluent)
-    monkeypatch.setattr(session_lib, "make_judge", flaky_judge)
+    monkeypatch.setattr(judging, "make_judge", flaky_judge)
     run_lib.run(runs.config(tmp_path, **EVALUATED, **{"grpo.pack": 2, "grpo.profile_step": 2}))
     padded, packed = (runs.metrics(workdir, "grpo") for workdir in (whole.workdir, tmp_path))
     for a, b in zip(padded, packed, strict=True):
@@ -195,7 +195,7 @@ def test_curves_table_and_model_are_left_in_the_work_directory(whole):
 
 
 def test_the_same_command_again_repeats_no_step_and_no_row(whole, monkeypatch):
-    monkeypatch.setattr(session_lib, "make_judge", flaky_judge)
+    monkeypatch.setattr(judging, "make_judge", flaky_judge)
     before = [(whole.workdir / name).read_text()
               for name in ("metrics.jsonl", "rollouts.jsonl", "evaluations.jsonl")]
     results = run_lib.run(runs.config(whole.workdir, **EVALUATED))
@@ -214,7 +214,7 @@ def test_an_interrupted_run_ends_with_the_rows_of_an_uninterrupted_one(
 ):
     """Stopped after step 3 was written and before it was saved; the last save is of step 1."""
     monkeypatch.setattr(collect, "decode", runs.fluent)
-    monkeypatch.setattr(session_lib, "make_judge", flaky_judge)
+    monkeypatch.setattr(judging, "make_judge", flaky_judge)
     config = runs.config(tmp_path, **EVALUATED)
     save = Checkpointer.save
 

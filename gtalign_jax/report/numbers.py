@@ -243,7 +243,7 @@ def judge_calls(rows: Sequence[Row], config: Mapping[str, Any] | None) -> int | 
         return None
     if config["judge"]["kind"] != "http":
         return 0
-    algebra = config["reward"]["math"] == "equivalence"
+    algebra = config["reward"]["math"] != "judge"
     return sum(
         max(row["replies"] - (algebra and _is_math(row)), 0) for row in rows
     )

@@ -2,15 +2,19 @@
 
 An attempt has its own time-out and ends in a judgement, a score or a reason why there is none. A
 server that says when to come back (Retry-After) is left alone until then. One that failed
-`SUSPECT_AFTER` times in a row is asked only where no other can be, and tried again now and then.
+`SUSPECT_AFTER` times in a row is asked only where no other can be, and now and then by a single
+attempt that finds out whether it works again.
 
 Knows the OpenAI chat protocol; limits of rate and number are `http_judge`'s.
 """
 
 import asyncio
+import base64
+import dataclasses
 import email.utils
 import logging
 import os
+import re
 import time
 import urllib.parse
 from collections.abc import Collection
@@ -18,6 +22,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import openai
+from openai.types.chat import ChatCompletion, ChatCompletionMessage
+from openai.types.chat.chat_completion import Choice
 
 from gtalign_jax.reward import prompts
 from gtalign_jax.reward.judge_config import JudgeConfig
@@ -25,8 +31,14 @@ from gtalign_jax.reward.judges import Judgement, JudgeRequest, missing, read_ver
 
 PASSING_STATUS = (408, 409, 425, 429)
 SUSPECT_AFTER = 3
-SUSPECT_S = 2.0  # doubled with each further failure
+SUSPECT_S = 2.0  # doubled each time that it turns out to fail still
 MAX_SUSPECT_S = 60.0
+ALIAS_AFTER = 3
+MIN_SECRET_CHARS = 8  # a shorter key ("none", "EMPTY") protects nothing, and is a part of words
+# What the model said, so that its server works.
+SAID = ("refused", "truncated", "unparsable", "off_scale")
+
+_DATED = re.compile(r"[-@:._]v?\d[\w.-]*|[@:]\w+|-latest")
 
 log = logging.getLogger(__name__)
 
@@ -45,12 +57,21 @@ class Endpoint:
 
     def __init__(self, cfg: JudgeConfig, url: str):
         self._cfg, self.url, self.in_flight = cfg, shown_url(url), 0
-        # Local servers need no key, but the client insists on one.
-        self._key = os.environ.get(cfg.api_key_env, "")
+        key, user = _key(cfg.api_key_env), _user(url)
+        self._secrets = [secret for secret in (key, urllib.parse.unquote(user), user)
+                         if len(secret) >= MIN_SECRET_CHARS]
+        # The transport logs the address: user and password travel in the header alone.
+        parts = urllib.parse.urlsplit(url)
+        bare = urllib.parse.urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+        basic = base64.b64encode(urllib.parse.unquote(user).encode()).decode()
         self._client = openai.AsyncOpenAI(
-            base_url=url, api_key=self._key or "none", max_retries=0, timeout=cfg.timeout_s
+            base_url=bare, max_retries=0, timeout=cfg.timeout_s,
+            api_key=key or "none",  # local servers need none, but the client insists on one
+            default_headers={"Authorization": f"Basic {basic}"} if user else None,
         )
-        self._failures, self._known_as = 0, None
+        self._failures, self._pause_s = 0, 0.0
+        self._known_as: str | None = None
+        self._stranger, self._met = "", 0  # a name that it answers by, and how often in a row
         self._rests_until = self._suspect_until = 0.0
 
     def rest_s(self) -> float:
@@ -58,13 +79,24 @@ class Endpoint:
         return max(self._rests_until - time.monotonic(), 0.0)
 
     def is_suspect(self) -> bool:
-        """It failed several times in a row, the last time a moment ago."""
-        return time.monotonic() < self._suspect_until
+        """It failed several times in a row, a moment ago or, for all that is known, still does."""
+        if self._failures < SUSPECT_AFTER:
+            return False
+        return time.monotonic() < self._suspect_until or self.in_flight > 0
 
     async def models(self) -> list[str]:
-        """The models that the server lists."""
-        page = await asyncio.wait_for(self._client.models.list(), self._cfg.timeout_s)
-        return [model.id for model in page.data]
+        """The models that the server lists. Raises ValueError that says why it lists none."""
+        try:
+            page = await asyncio.wait_for(self._client.models.list(), self._cfg.timeout_s)
+            return [str(model.id) for model in page.data]
+        except TimeoutError:
+            raise ValueError(f"no answer within {self._cfg.timeout_s:g} s") from None
+        except openai.APIStatusError as error:  # somebody is there
+            words = self._without_secrets(f"HTTP {error.status_code}: {error.message}")
+            raise ValueError(words[:300]) from None
+        except Exception as error:  # whatever the client makes of an answer: its words
+            words = self._without_secrets(f"{type(error).__name__}: {error.__cause__ or error}")
+            raise ValueError(words[:300]) from None
 
     async def attempt(self, request: JudgeRequest) -> Attempt:
         """Asks once."""
@@ -101,7 +133,7 @@ class Endpoint:
             return self._failed("timeout", f"{type(error).__name__}: {error}")
         except openai.APIConnectionError as error:
             return self._failed("connection", f"{type(error).__name__}: {error.__cause__ or error}")
-        except (openai.OpenAIError, ValueError, TypeError) as error:  # a body that is no answer
+        except (openai.OpenAIError, ValueError, TypeError, RecursionError) as error:  # no answer
             return self._failed("unreadable", f"unreadable answer: {type(error).__name__}: {error}")
         return self._read(answer, request)
 
@@ -113,22 +145,23 @@ class Endpoint:
         if may_pass and wait_s > 0:
             self._rests_until = max(self._rests_until, time.monotonic() + wait_s)
         cause = "rate_limit" if status == 429 else "server" if may_pass else "rejected"
-        failed = self._failed(cause, f"HTTP {status}: {str(error.message)[:200]}")
+        failed = self._failed(cause, f"HTTP {status}: {error.message}")
         return Attempt(failed.judgement, may_pass)
 
     def _read(self, answer: Any, request: JudgeRequest) -> Attempt:
         """The judgement in an answer. What a server calls its answer may be anything."""
-        if not isinstance(answer, openai.types.chat.ChatCompletion) or not answer.choices:
+        choice = _first_choice(answer)
+        if choice is None:
             return self._failed("unreadable", "the answer holds no text")
         tokens = getattr(answer.usage, "total_tokens", None)
-        tokens = tokens if isinstance(tokens, int) else None
-        choice = answer.choices[0]
+        tokens = tokens if isinstance(tokens, int) and tokens > 0 else None
         message = choice.message
-        text = message.content if message and isinstance(message.content, str) else None
+        text = message.content if isinstance(message.content, str) else None
         if self._is_another(answer.model):
-            found = missing("wrong_model", f"asked {self._cfg.model!r}, {answer.model!r} answered")
-        elif choice.finish_reason == "content_filter" or (message and message.refusal):
-            found = missing("refused", "the judge refused", text or "")
+            name = self._without_secrets(answer.model)
+            found = missing("wrong_model", f"asked {self._cfg.model!r}, {name!r} answered")
+        elif choice.finish_reason == "content_filter" or message.refusal:
+            found = missing("refused", "the judge refused", text or str(message.refusal or ""))
         elif text is None:
             found = missing("unreadable", "the answer holds no text")
         elif choice.finish_reason == "length":
@@ -136,52 +169,90 @@ class Endpoint:
             found = missing("truncated", told, text)
         else:
             found = read_verdict(text, *scale_of(request))
-        return Attempt(found, True, tokens)
+        clean = dataclasses.replace(found, reply=self._without_secrets(found.reply),
+                                    error=found.error and self._without_secrets(found.error))
+        return Attempt(clean, True, tokens)
 
     def _is_another(self, model: Any) -> bool:
         """Whether an answer names a model that is not the one asked for.
 
         Services add dates to names, and some servers have one name for everything: what a server
-        calls itself at first, it must go on calling itself.
+        calls itself `ALIAS_AFTER` times in a row, before it ever used the name asked for, is taken
+        for its name from then on.
         """
-        if not isinstance(model, str) or not model or model.startswith(self._cfg.model):
+        asked = self._cfg.model
+        if not isinstance(model, str) or not model:
+            return False
+        if model == asked or model.startswith(asked) and _DATED.fullmatch(model[len(asked):]):
+            self._known_as = asked
             return False
         if self._known_as is None:
-            self._known_as = model
-            log.warning("%s answers as %r when asked for %r", self.url, model, self._cfg.model)
+            self._met = self._met + 1 if model == self._stranger else 1
+            self._stranger = model
+            if self._met == ALIAS_AFTER:
+                self._known_as = model
+                log.warning("%s answers as %r when asked for %r", self.url,
+                            self._without_secrets(model), asked)
         return model != self._known_as
 
     def _failed(self, cause: str, error: str) -> Attempt:
-        if self._key:  # some servers repeat it
-            error = error.replace(self._key, "***")
-        return Attempt(missing(cause, error), True)
+        return Attempt(missing(cause, self._without_secrets(error)), True)
+
+    def _without_secrets(self, text: str) -> str:
+        """Some servers repeat the key. To be called before anything is cut: half a key is one."""
+        for secret in self._secrets:
+            text = text.replace(secret, "***")
+        return text
 
     def _timed(self, found: Judgement, seconds: float) -> Judgement:
-        return Judgement(found.score, found.reply, found.error, found.cause, attempts=1,
-                         seconds=seconds)
+        return dataclasses.replace(found, attempts=1, seconds=seconds)
 
     def _note(self, cause: str | None) -> None:
-        """Failures in a row, of the server and not of what it said."""
-        if cause not in ("timeout", "connection", "server"):
-            self._failures = 0
+        """Failures in a row, of the server and not of what its model said.
+
+        A refusal counts: a server that is quick to refuse would draw all requests to itself.
+        """
+        if cause is None or cause in SAID:
+            if self._failures >= SUSPECT_AFTER:
+                log.info("%s works again", self.url)
+            self._failures, self._pause_s = 0, 0.0
             return
         self._failures += 1
-        over = self._failures - SUSPECT_AFTER
-        if over >= 0:
-            pause_s = min(SUSPECT_S * 2.0**min(over, 10), MAX_SUSPECT_S)
-            self._suspect_until = time.monotonic() + pause_s
-        if over == 0:
+        now = time.monotonic()
+        if self._failures == SUSPECT_AFTER:
             log.warning("%s failed %d times in a row (%s)", self.url, self._failures, cause)
+        # Many attempts may fail at once: only one after the pause says that it was too short.
+        if self._failures >= SUSPECT_AFTER and now >= self._suspect_until:
+            self._pause_s = min(max(2 * self._pause_s, SUSPECT_S), MAX_SUSPECT_S)
+            self._suspect_until = now + self._pause_s
 
 
-def choose(endpoints: Collection[Endpoint], not_again: Endpoint | None = None) -> Endpoint:
-    """The endpoint to ask next: one that may be asked, is sound, is another one than the last, and
-    has the least to do, in this order."""
-    return min(
-        endpoints,
-        key=lambda e: (e.rest_s() > 0, e.rest_s() if e.rest_s() > 0 else 0.0, e.is_suspect(),
-                       e is not_again, e.in_flight),
-    )
+def choose(endpoints: Collection[Endpoint], tried: Collection[Endpoint] = ()) -> Endpoint:
+    """The endpoint to ask next: one that is sound, may be asked soonest, was not `tried`, and has
+    the least to do, in this order."""
+    return min(endpoints, key=lambda e: (e.is_suspect(), e.rest_s(), e in tried, e.in_flight))
+
+
+def _first_choice(answer: Any) -> Choice | None:
+    """The client checks no types: what is no answer by the protocol is None."""
+    choices = answer.choices if isinstance(answer, ChatCompletion) else None
+    first = choices[0] if isinstance(choices, list) and choices else None
+    is_one = isinstance(first, Choice) and isinstance(first.message, ChatCompletionMessage)
+    return first if is_one else None
+
+
+def _key(name: str) -> str:
+    """The key in an environment variable, which may end in a line break; "" where it is not set."""
+    key = os.environ.get(name, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise ValueError(f"judge.api_key_env={name!r}: the key in it holds characters that no HTTP "
+                         "header may have; allowed: printable ASCII")
+    return key
+
+
+def _user(url: str) -> str:
+    """USER:PASSWORD of an address, as it stands there; "" where there is none."""
+    return urllib.parse.urlsplit(url).netloc.rpartition("@")[0]
 
 
 def shown_url(url: str) -> str:

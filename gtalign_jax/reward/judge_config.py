@@ -17,6 +17,7 @@ class JudgeConfig:
     Attributes:
       kind: "rule" (built-in tasks, and tasks that bring a rule), "http" (any server that speaks the
         OpenAI chat protocol), "jax" (a model on the run's own devices) or "none".
+      rules: what has a rule is judged by it, also where `kind` is "http" or "jax".
       base_url: of the server, such as http://localhost:8000/v1; several, separated by commas, share
         the work and stand in for each other.
       model: the name that the servers know; for "jax" a directory or hub name.
@@ -40,6 +41,7 @@ class JudgeConfig:
     """
 
     kind: Literal["rule", "http", "jax", "none"] = "rule"
+    rules: bool = True
     base_url: str = ""
     model: str = ""
     api_key_env: str = "OPENAI_API_KEY"
@@ -84,6 +86,8 @@ class JudgeConfig:
         for name in ("max_missing", "top_p"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"judge.{name}={getattr(self, name)} must lie between 0 and 1")
+        if self.kind == "rule" and not self.rules:
+            raise ValueError("judge.rules=False with judge.kind='rule': nobody would judge")
         if 0 < self.tokens_per_minute < self.max_tokens:
             raise ValueError(
                 f"judge.tokens_per_minute={self.tokens_per_minute} is less than judge.max_tokens="

@@ -21,6 +21,10 @@ CAUSES = (
 )
 
 
+class JudgeError(RuntimeError):
+    """The judge cannot be worked with: not reached, not understood, or failing too often."""
+
+
 @dataclass(frozen=True)
 class JudgeRequest:
     """One question to a judge.
@@ -80,8 +84,8 @@ Rule = Callable[[JudgeRequest], "float | tasks.Measured"]
 
 
 def make_judge(cfg: JudgeConfig, rules: Mapping[str, Rule], ask: Judge | None = None) -> Judge:
-    """The configured judge. What has a rule is judged by it unless `kind` is "none": a rule knows
-    its task better than any model, and costs nothing.
+    """The configured judge. What has a rule is judged by it, unless `kind` is "none" or `rules`
+    False: a rule knows its task better than any model, and costs nothing.
 
     `ask`: the language model that judges the rest; made here for "http" if it is not given.
     """
@@ -93,6 +97,8 @@ def make_judge(cfg: JudgeConfig, rules: Mapping[str, Rule], ask: Judge | None = 
         from gtalign_jax.reward import http_judge  # the client takes a second to import
 
         ask = http_judge.HttpJudge(cfg)
+    if not cfg.rules:
+        return ask
     return lambda requests: _rules_first(requests, rules, ask)
 
 

@@ -10,7 +10,8 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-WINDOW_S = 60.0
+WINDOW_S = 61.0  # a minute, and what a request may take on its way to the server
+MAX_SLEEP_S = 1.0  # what keeps the next request back may end before it said
 
 
 @dataclass
@@ -18,24 +19,26 @@ class Sent:
     """A request of so many `tokens` at time `at`, seconds of the clock."""
 
     at: float
-    tokens: float
+    tokens: int
 
 
 class Limits:
     """Waits, first come first served, until a request may be sent; for one event loop.
+
+    Tokens are whole numbers: sums of fractions would be off by a little, and the limit with them.
 
     Args:
       requests, tokens: the most that may be sent within any `WINDOW_S` seconds; 0: no limit.
       clock: seconds that never go back.
     """
 
-    def __init__(self, requests: float, tokens: float,
+    def __init__(self, requests: int, tokens: int,
                  clock: Callable[[], float] = time.monotonic):
         self._requests, self._tokens, self._clock = requests, tokens, clock
         self._sent: deque[Sent] = deque()
         self._turn = asyncio.Lock()
 
-    async def take(self, tokens: float, is_open: Callable[[], float] = lambda: 0.0) -> Sent:
+    async def take(self, tokens: int, is_open: Callable[[], float] = lambda: 0.0) -> Sent:
         """Counts a request, to be sent at once. One of more tokens than the limit counts as that.
 
         `is_open`: seconds for which nothing may be sent for other reasons.
@@ -44,17 +47,17 @@ class Limits:
             tokens = min(tokens, self._tokens)
         async with self._turn:  # a lock is fair: nobody small overtakes somebody large for ever
             while (wait_s := max(self._wait_s(tokens), is_open())) > 0:
-                await asyncio.sleep(wait_s)
+                await asyncio.sleep(min(wait_s, MAX_SLEEP_S))
             sent = Sent(self._clock(), tokens)
             if self._requests or self._tokens:
                 self._sent.append(sent)
             return sent
 
-    def settle(self, sent: Sent, tokens: float) -> None:
+    def settle(self, sent: Sent, tokens: int) -> None:
         """It used other `tokens` than counted. More than the limit would block for a minute."""
         sent.tokens = min(tokens, self._tokens) if self._tokens else tokens
 
-    def _wait_s(self, tokens: float) -> float:
+    def _wait_s(self, tokens: int) -> float:
         """Seconds until a request of so many tokens fits into the window."""
         now = self._clock()
         while self._sent and self._sent[0].at <= now - WINDOW_S:

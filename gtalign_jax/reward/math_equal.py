@@ -31,6 +31,7 @@ SOFT_TIMEOUT_S = 3  # the library's own, in whole seconds; spares most restarts 
 MAX_WORKERS = 4
 MAX_CHARS = 10_000  # of a response; the end is kept, as the answer stands there
 MEMORY_BYTES = 4 << 30
+UNSETTLED = "not settled "  # how the note begins where time or memory ended the comparison
 
 _NUMBER = re.compile(r"(?<![\w.])(\d{1,40}\.?\d{0,40}|\.\d{1,40})[eE]([+-]?\d{1,5})(?![\w.])")
 _BARE_POINT = re.compile(r"(?<=\d)\.(?=\s*[/*)])")
@@ -128,7 +129,7 @@ class _Worker:
                 continue
             if reply is None:
                 self.stop()
-                return 0.0, f"not settled within {timeout_s:g} s: counted as unequal"
+                return 0.0, f"{UNSETTLED}within {timeout_s:g} s: counted as unequal"
             if reply == b"":  # killed, as the system does when memory runs out
                 self.stop()
                 continue
@@ -210,7 +211,8 @@ def _compare(math_verify: Any, truth: str, answer: str) -> dict[str, Any]:
         found = math_verify.parse(answer, **limit)
         equal = math_verify.verify(gold, found, timeout_seconds=SOFT_TIMEOUT_S)
     except (MemoryError, RecursionError) as error:
-        return {"equal": False, "note": f"{type(error).__name__}: counted as unequal"}
+        note = f"{UNSETTLED}for {type(error).__name__}: counted as unequal"
+        return {"equal": False, "note": note}
     return {"equal": bool(equal), "note": f"read as {str(found[:1])[:200]}"}
 
 

@@ -29,9 +29,9 @@ from gtalign_jax.game import chain as chain_lib
 from gtalign_jax.game import payoff as game
 from gtalign_jax.game import welfare
 from gtalign_jax.reward import factors as factors_lib
-from gtalign_jax.reward import math_equal, tasks
+from gtalign_jax.reward import questions, tasks
 from gtalign_jax.reward.factors import LLMWeights, UserWeights
-from gtalign_jax.reward.judges import Judge, Judgement, JudgeRequest
+from gtalign_jax.reward.judges import Judge, Judgement
 
 _READ: dict[str, Callable[[str], chain_lib.Chain]] = {
     "tagged": chain_lib.parse, "none": chain_lib.plain,
@@ -49,7 +49,9 @@ class RewardConfig:
       reasoning: what a completion must be: "tagged" (the four blocks) or "none", the baseline
         without them: the bare response. Then format, matrix quality and consistency are not
         earned, nothing is waited for, and all weights stay as they are. As `data.reasoning`.
-      math: "equivalence" (math-verify) or "judge", for the sources measured by mathematics.
+      math: for the sources measured by mathematics: "equivalence" (math-verify), "judge", or
+        "fallback": the judge where math-verify does not settle it.
+      tasks: import paths "module:NAME" of tasks of your own (`reward.tasks.Task`).
       user, llm, llm_consistent: weights. floor: added to both utilities.
       reading_words, verbosity_words: windows [low, high]; slope: of their edges, per word.
       latency_chars: characters before the response that cost the user a factor e.
@@ -59,7 +61,8 @@ class RewardConfig:
     rho: float = 0.0
     consistency: Literal["none", "solver", "judge"] = "none"
     reasoning: Literal["tagged", "none"] = "tagged"
-    math: Literal["equivalence", "judge"] = "equivalence"
+    math: Literal["equivalence", "judge", "fallback"] = "equivalence"
+    tasks: tuple[str, ...] = ()
     user: UserWeights = UserWeights()
     llm: LLMWeights = LLMWeights()
     llm_consistent: LLMWeights = LLMWeights(0.35, 0.2, 0.2, 0.05, 0.2)
@@ -75,7 +78,7 @@ class RewardConfig:
             "welfare": tuple(welfare.AGGREGATIONS),
             "consistency": ("none", "solver", "judge"),
             "reasoning": tuple(_READ),
-            "math": ("equivalence", "judge"),
+            "math": ("equivalence", "judge", "fallback"),
         }
         for name, choices in allowed.items():
             if getattr(self, name) not in choices:
@@ -87,6 +90,8 @@ class RewardConfig:
                 f"reward.consistency={self.consistency!r} with reward.reasoning='none': there is "
                 "no analysis to be consistent; allowed: none"
             )
+        for path in self.tasks:
+            tasks.imported(path)
         if math.isnan(self.rho):
             raise ValueError("reward.rho is NaN; any other number is allowed, infinities too")
         if self.latency_chars <= 0:
@@ -107,6 +112,7 @@ class Scores:
         recommended (index into `chain.KEYS`); NaN where unreadable or undefined: use nanmean.
       chains: the parsed texts. pareto: their Pareto sets, as keys (empty where unreadable).
       judgements, consistency_judgements: what the judge said, None where it was not asked.
+      components: parts of the raw score that tasks declare, by name, [B]; NaN where there is none.
     """
 
     reward_B: np.ndarray
@@ -121,6 +127,7 @@ class Scores:
     pareto: list[tuple[str, ...]]
     judgements: list[Judgement | None]
     consistency_judgements: list[Judgement | None] = field(default_factory=list)
+    components: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 @flax.struct.dataclass
@@ -158,20 +165,20 @@ def score(
     given = given or [{}] * len(texts)
     if not len(prompts) == len(texts) == len(given):
         raise ValueError(f"{len(prompts)} prompts, {len(texts)} texts, {len(given)} given scores")
-    all_tasks = [tasks.task_of(prompt.data_source) for prompt in prompts]
+    all_tasks = [tasks.task_of(prompt.data_source, cfg.tasks) for prompt in prompts]
     chains = [_READ[cfg.reasoning](text) for text in texts]
     parsed_B = np.array([chain.payoff is not None for chain in chains], bool)
     payoff_BUAP, solution, pareto = _play(chains)
     usable_B = np.array([_is_usable(chain, cfg) for chain in chains], bool)
-    asked = _requests(prompts, chains, pareto, usable_B, cfg)
-    quality, consistency = _judge_all(asked, given, judge, cfg)
-    valid_B = np.array(
-        [not _failed(q) and not _failed(c) for q, c in zip(quality, consistency, strict=True)], bool
-    )
-    measured = _measure(
-        all_tasks, prompts, texts, chains, pareto, quality, consistency,
-        payoff_BUAP, usable_B & valid_B,
-    )  # fmt: skip
+    kinds = questions.KINDS if cfg.consistency == "judge" else ("quality",)
+    asked = questions.ask(prompts, all_tasks, chains, pareto, usable_B, kinds)
+    found = questions.answer(asked, given, judge, cfg.math)
+    quality, consistency = found["quality"], found["consistency"]
+    qualities = questions.qualities(all_tasks, prompts, chains, quality)
+    valid_B = np.array([not questions.failed(q) and not questions.failed(c)
+                        for q, c in zip(quality, consistency, strict=True)], bool)
+    measured = _measure(texts, chains, pareto, qualities, consistency, payoff_BUAP,
+                        usable_B & valid_B)
     user_B, llm_B, reward_B, factors = _on_host(functools.partial(_reward, cfg), measured)
     return Scores(
         reward_B=reward_B,
@@ -186,6 +193,7 @@ def score(
         pareto=pareto,
         judgements=quality,
         consistency_judgements=consistency,
+        components=_components(cfg, quality),
     )
 
 
@@ -209,83 +217,18 @@ def _is_usable(chain: chain_lib.Chain, cfg: RewardConfig) -> bool:
     return chain.error is None and (cfg.consistency == "none" or chain.analyze is not None)
 
 
-def _failed(judgement: Judgement | None) -> bool:
-    return judgement is not None and judgement.score is None
-
-
-def _requests(
-    prompts: Sequence[Prompt], chains: Sequence[chain_lib.Chain], pareto: Sequence[tuple[str, ...]],
-    usable_B: np.ndarray, cfg: RewardConfig,
-) -> list[tuple[int, JudgeRequest]]:  # fmt: skip
-    """(row, request) for every question there is about the batch."""
-    kinds = ("quality", "consistency") if cfg.consistency == "judge" else ("quality",)
-    return [
-        (
-            row,
-            JudgeRequest(
-                kind=kind,
-                data_source=prompts[row].data_source,
-                question=prompts[row].question,
-                ground_truth=prompts[row].ground_truth,
-                response=chains[row].response,
-                analyze=chains[row].analyze or "",
-                pareto=pareto[row],
-                extra=prompts[row].extra,
-            ),
-        )
-        for kind in kinds
-        for row in np.flatnonzero(usable_B).tolist()
-    ]
-
-
-def _judge_all(
-    asked: Sequence[tuple[int, JudgeRequest]], given: Sequence[Mapping[str, float]], judge: Judge,
-    cfg: RewardConfig,
-) -> tuple[list[Judgement | None], list[Judgement | None]]:  # fmt: skip
-    """(quality, consistency) by row: given, computed, or from one call of the judge."""
-    found: dict[str, list[Judgement | None]] = {
-        kind: [None] * len(given) for kind in ("quality", "consistency")
-    }
-    waiting: dict[Callable, list[tuple[int, JudgeRequest]]] = {_by_algebra: [], judge: []}
-    for row, request in asked:
-        if request.kind in given[row]:
-            found[request.kind][row] = Judgement(float(given[row][request.kind]), "given")
-            continue
-        by_algebra = (
-            request.kind == "quality"
-            and cfg.math == "equivalence"
-            and tasks.task_of(request.data_source).measure == "math"
-        )
-        waiting[_by_algebra if by_algebra else judge].append((row, request))
-    for ask, rows in waiting.items():
-        answers = ask([request for _, request in rows]) if rows else []
-        for (row, request), judgement in zip(rows, answers, strict=True):
-            found[request.kind][row] = judgement
-    return found["quality"], found["consistency"]
-
-
-def _by_algebra(requests: Sequence[JudgeRequest]) -> list[Judgement]:
-    verdicts = math_equal.equivalent([(r.ground_truth, r.response) for r in requests])
-    return [
-        Judgement(value, note, note if value is None else None) for value, note in verdicts
-    ]
-
-
 def _measure(
-    all_tasks, prompts, texts, chains, pareto, quality, consistency, payoff_BUAP, scorable_B
+    texts, chains, pareto, qualities, consistency, payoff_BUAP, scorable_B
 ) -> _Measured:
     counts = np.zeros((len(texts), 8))
     for row in np.flatnonzero(scorable_B).tolist():
         chain = chains[row]
-        qualities = all_tasks[row].qualities(
-            quality[row].score, prompts[row].ground_truth, chain.response
-        )
         if consistency[row] is not None:
             consistent = min(max(consistency[row].score, 0.0), 1.0)
         else:
             consistent = factors_lib.consistency_by_solver(chain.analyze or "", pareto[row])
         counts[row] = (
-            *qualities, consistent, chain.format_ok, len(chain.response.split()),
+            *qualities[row], consistent, chain.format_ok, len(chain.response.split()),
             len(chain.prefix), len(texts[row].split()),
         )  # fmt: skip
     q_user, q_llm, answer, consistent, is_format, response_words, prefix_chars, words = counts.T
@@ -294,6 +237,15 @@ def _measure(
         consistency=consistent, format=is_format, response_words=response_words,
         prefix_chars=prefix_chars, words=words,
     )  # fmt: skip
+
+
+def _components(cfg: RewardConfig, quality: Sequence[Judgement | None]) -> dict[str, np.ndarray]:
+    """Of all tasks in the config: the names must not depend on the rows of a batch."""
+    nan = float("nan")
+    return {
+        name: np.array([nan if q is None else q.components.get(name, nan) for q in quality])
+        for name in tasks.component_names(cfg.tasks)
+    }
 
 
 @jax.jit

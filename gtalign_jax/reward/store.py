@@ -53,14 +53,22 @@ class JudgementStore:
         return len(self._places)
 
     def get(self, key: str) -> dict[str, Any] | None:
-        """The row of a key, None where there is none."""
+        """The row of a key, None where there is none (any more: files may be changed by others)."""
         place = self._places.get(bytes.fromhex(key))
         if place is None:
             return None
         path, at = place
-        with path.open("rb") as file:
-            file.seek(at)
-            return _row(file.readline())
+        try:
+            with path.open("rb") as file:
+                file.seek(at)
+                row = _row(file.readline())
+        except FileNotFoundError:
+            row = None
+        if row is None or row["key"] != key:
+            with self._lock:
+                self._places.pop(bytes.fromhex(key), None)
+            return None
+        return row
 
     def put(self, key: str, **fields: Any) -> None:
         """Appends a row; a key that is there already keeps its row."""
@@ -78,7 +86,8 @@ class JudgementStore:
             finally:
                 os.close(handle)
             if written < len(line):
-                raise OSError(f"{self._file}: {written} of {len(line)} bytes written; disk full?")
+                path, self._file = self._file, None  # nothing may follow half a line
+                raise OSError(f"{path}: {written} of {len(line)} bytes written; is the disk full?")
             self._places[bytes.fromhex(key)] = (self._file, at)
 
     def _next_file(self) -> Path:
@@ -142,7 +151,7 @@ def remembering(cfg: JudgeConfig, store: JudgementStore, ask: Callable[..., list
         if cfg.mode == "replay":
             gone = missing("not_stored", "judge.mode='replay': the store holds no such judgement")
             found |= dict.fromkeys(lacking, gone)
-        elif lacking:
+        else:  # also without any: a model on the run's own devices is asked by all processes
             names = list(lacking)
 
             def keep(i: int, judgement: Judgement) -> None:

@@ -9,6 +9,7 @@ scores the completions of its own prompts (pod/share.py), so that every completi
 import dataclasses
 import functools
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,11 +25,12 @@ from gtalign_jax.data.prompt import Prompt
 from gtalign_jax.game.chain import KEYS
 from gtalign_jax.model.sharding import Layout
 from gtalign_jax.pod import share
-from gtalign_jax.reward.judges import Judge
+from gtalign_jax.reward.judges import Judge, JudgeError, Judgement
 from gtalign_jax.reward.rules import RESPONSE_KINDS, request_kind, response_kind, right_kinds
 from gtalign_jax.reward.scoring import RewardConfig, Scores, score
 from gtalign_jax.rollout.filters import Filters
 from gtalign_jax.rollout.sampler import Rollout
+from gtalign_jax.training.assessing import Assessing
 from gtalign_jax.training.micro import piece_count, uncut
 
 log = logging.getLogger(__name__)
@@ -69,18 +71,38 @@ class Experience:
 
     def verdict(self) -> "Verdict":
         """What every process needs of the whole batch's scores. A collective."""
-        own = Verdict(self.scores.reward_B, self.scores.valid_B, self.stopped_B, self.lengths_B)
+        problem_B = tuple(map(_problem, self.scores.judgements, self.scores.consistency_judgements))
+        own = Verdict(self.scores.reward_B, self.scores.valid_B, self.stopped_B, self.lengths_B,
+                      problem_B)
         return share.everywhere(own, self.rows_B, "verdict")
 
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """Rewards of a whole batch of completions; where `valid_B` is False they mean nothing."""
+    """Rewards of a whole batch of completions; where `valid_B` is False they mean nothing.
+
+    problem_B: of rows that were to be judged "" or what went wrong, "cause: words"; None of others.
+    """
 
     reward_B: np.ndarray
     valid_B: np.ndarray
     stopped_B: np.ndarray
     lengths_B: np.ndarray
+    problem_B: tuple[str | None, ...] = ()
+
+    def check(self, max_missing: float) -> None:
+        """Raises JudgeError where a larger share of the judgements is missing."""
+        wanted = [problem for problem in self.problem_B if problem is not None]
+        problems = [problem for problem in wanted if problem]
+        if not problems or len(problems) <= max_missing * len(wanted):
+            return
+        causes = Counter(problem.partition(": ")[0] for problem in problems)
+        cause, count = causes.most_common(1)[0]
+        example = next(p for p in problems if p.startswith(f"{cause}: "))
+        raise JudgeError(
+            f"{len(problems)} of {len(wanted)} completions could not be judged, more than "
+            f"judge.max_missing={max_missing:g} allows; {count} of them by {example}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,14 +116,25 @@ class Collector:
     layout: Layout
     filters: Filters
     micro_batch_prompts: int = 0  # sampled at a time per batch shard; 0: all
+    overlap: bool = True  # score what is sampled while the rest is (training/assessing.py)
+    max_missing: float = 1.0  # the share of judgements that may fail
+    max_new_tokens: int = 0  # T of its rollouts
 
     @property
     def sharding(self) -> NamedSharding:
         """Where the rows of a rollout lie."""
         return self.layout.sharding("prompts")
 
-    def roll(self, params: Any, batch: PromptBatch, key: jax.Array) -> Rollout:
-        """Sampled completions, on the devices, cut by prompt."""
+    def assessing(self, batch: PromptBatch) -> Assessing:
+        """What will score completions of the batch, piece by piece."""
+        return Assessing(self.fetch, functools.partial(self.assess, batch), self.overlap)
+
+    def roll(self, params: Any, batch: PromptBatch, key: jax.Array,
+             sampled: Callable[[Rollout, int, int], None] = lambda *piece: None) -> Rollout:
+        """Sampled completions, on the devices, cut by prompt.
+
+        `sampled` gets each piece of the batch once it is there: (rollout, first prompt, stride).
+        """
         Q = len(batch.lengths_Q)
         shards = self.layout.axis_size("prompts")
         pieces = piece_count(Q, self.micro_batch_prompts, shards)
@@ -109,9 +142,22 @@ class Collector:
         for i in range(pieces):  # strided, as `cut` does
             rows = (x[i::pieces] for x in (batch.tokens_QS, batch.lengths_Q, batch.index_Q))
             rollouts.append(self.sample(params, *share.place(tuple(rows), self.sharding), key))
+            sampled(rollouts[-1], i, pieces)
         whole = rollouts[0] if pieces == 1 else self._join(rollouts)
         rows = share.place(whole.replace(slots=None), self.sharding)
         return rows.replace(slots=whole.slots)
+
+    def abstract(self, Q: int, G: int) -> Rollout:
+        """Shapes, types and places of a rollout of Q prompts, for a checkpoint that holds one."""
+        def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+            rows = self.sharding if shape else self.layout.sharding()
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
+
+        T = self.max_new_tokens
+        return Rollout(
+            tokens_QGT=array(jnp.int32, Q, G, T), logp_QGT=array(jnp.float32, Q, G, T),
+            lengths_QG=array(jnp.int32, Q, G), stopped_QG=array(bool, Q, G), slots=array(jnp.int32),
+        )
 
     @functools.cached_property
     def _join(self) -> Callable[[list[Rollout]], Rollout]:
@@ -164,6 +210,13 @@ class Collector:
         return np.minimum(np.array(counts, lengths_B.dtype), lengths_B)
 
 
+def _problem(*judgements: Judgement | None) -> str | None:
+    """What went wrong with a row's judgements, "" if nothing, None if there are none."""
+    asked = [judgement for judgement in judgements if judgement is not None]
+    bad = next((judgement for judgement in asked if judgement.score is None), None)
+    return f"{bad.cause}: {bad.error}" if bad else "" if asked else None
+
+
 def _mention_missing(scores: Scores) -> None:
     """With a reason: a judge that never answers leaves a run that looks well and learns nothing."""
     missing = int((~scores.valid_B).sum())
@@ -213,6 +266,7 @@ def summarise(experience: Experience) -> dict[str, float]:
         for name, values in scores.game.items()
         if name != "recommended"  # an index of a cell: its mean says nothing
     }
+    out |= _judge_means(scores)
     out["reward/right_action"] = mean(experience.right_B, valid)
     for kind in RESPONSE_KINDS:
         out[f"action/{kind}"] = mean([found == kind for found in experience.kinds_B], valid)
@@ -220,6 +274,26 @@ def summarise(experience: Experience) -> dict[str, float]:
     for source in sorted(set(sources)):
         out[f"source/{source}"] = mean(scores.reward_B, valid & (sources == source))
     return {name: value for name, value in out.items() if not np.isnan(value)}
+
+
+def _judge_means(scores: Scores) -> dict[str, float]:
+    """How judging went, `judge/…`, and the components that tasks declare, `component/…`."""
+    asked = (*scores.judgements, *scores.consistency_judgements)
+    found = [judgement for judgement in asked if judgement is not None]
+    live = [judgement for judgement in found if judgement.attempts]
+    out = {f"component/{name}": mean(values, ~np.isnan(values))
+           for name, values in scores.components.items()}
+    if not found:
+        return out
+    out["judge/missing"] = mean([judgement.score is None for judgement in found])
+    out["judge/stored"] = mean([judgement.stored for judgement in found])
+    for cause, count in Counter(judgement.cause for judgement in found).items():
+        if cause is not None:
+            out[f"judge/missing_{cause}"] = count / len(found)
+    if live:
+        out["judge/attempts"] = mean([judgement.attempts for judgement in live])
+        out["judge/seconds"] = mean([judgement.seconds for judgement in live])
+    return out
 
 
 def log_rows(experience: Experience) -> list[dict[str, Any]]:
@@ -246,6 +320,8 @@ def log_rows(experience: Experience) -> list[dict[str, Any]]:
             "user_welfare": float(scores.user_welfare_B[b]),
             "llm_welfare": float(scores.llm_welfare_B[b]),
             **{name: float(values[b]) for name, values in scores.factors.items()},
+            **{f"component/{name}": float(values[b]) for name, values in scores.components.items()
+               if np.isfinite(values[b])},
             "request_kind": request_kind(prompt.data_source, prompt.ground_truth),
             "response_kind": experience.kinds_B[b],
             "right_action": experience.right_B[b],
@@ -277,6 +353,8 @@ def _judge_fields(scores: Scores, b: int) -> dict[str, Any]:
         "judge_score": None if judgement is None else judgement.score,
         "judge_reply": None if judgement is None else judgement.reply,
         "judge_error": None if judgement is None else judgement.error,
+        "judge_cause": None if judgement is None else judgement.cause,
+        "judge_attempts": None if judgement is None else judgement.attempts,
         "consistency_reply": None if consistency is None else consistency.reply,
         "consistency_error": None if consistency is None else consistency.error,
     }

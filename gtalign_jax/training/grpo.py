@@ -74,6 +74,7 @@ class GRPOConfig(OptimizerConfig):
     kl: str = "k3"
     kl_clamp: float = 10.0  # |log ratio| to the reference is clamped here
     old_logp: str = "trainer"  # "sampler": trust the sampler's log-probabilities
+    ahead: int = 0  # 1: a step's completions are sampled before the update of the step before
     truncated_is: float = 0.0  # cap of exp(trainer logp - sampler logp); 0: off
     mask_truncated: bool = False  # keep completions cut at the limit out of the loss
     logit_chunk: int = 128
@@ -96,6 +97,13 @@ class GRPOConfig(OptimizerConfig):
                 raise ValueError(f"grpo.{key}={getattr(self, key)}: must be >= 0")
         if self.pack_rows < 1:
             raise ValueError(f"grpo.pack_rows={self.pack_rows}: must be >= 1")
+        if self.ahead not in (0, 1):
+            raise ValueError(f"grpo.ahead={self.ahead}: expected 0 or 1")
+        if self.ahead and not self.truncated_is:
+            raise ValueError(
+                f"grpo.ahead={self.ahead} with grpo.truncated_is=0: completions of the policy "
+                "before an update need weights; set grpo.truncated_is, 2.0 for instance"
+            )
         if self.truncated_is and self.old_logp == "sampler":
             raise ValueError(
                 f"grpo.truncated_is={self.truncated_is} with grpo.old_logp='sampler': it weighs "

@@ -1,8 +1,8 @@
 """The loops. A stage is: resume or start, then step, write, save, until its last step.
 
     grpo:  batch = data.batch(step)
-           rollout = sample(policy, batch)              on device
-           experience = assess(batch, rollout)          text -> welfare, on the host
+           rollout = sample(policy, batch)              on device, piece by piece
+           experience = assess(batch, rollout)          text -> welfare, on the host, meanwhile
            batch = advantages(rewards of all)
            state = update(state, reference, batch)      one jitted, donated step
     sft:   state = update(state, examples.batch(step))
@@ -25,13 +25,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from gtalign_jax.data.batches import PromptSet
+from gtalign_jax.data.batches import PromptBatch, PromptSet
 from gtalign_jax.model.sharding import Layout
 from gtalign_jax.model.spec import ModelConfig, Params
 from gtalign_jax.pod import share
 from gtalign_jax.pod.notice import Notice, Preempted
 from gtalign_jax.pod.watch import Watch
+from gtalign_jax.rollout.state import Rollout
 from gtalign_jax.training import sft as sft_lib
+from gtalign_jax.training.assessing import Assessing
 from gtalign_jax.training.checkpoint import CheckpointConfig, Checkpointer
 from gtalign_jax.training.collect import Collector, Experience, log_rows, summarise
 from gtalign_jax.training.compiles import compilations
@@ -63,29 +65,34 @@ class Stage:
     log_every: int = 1  # steps between lines on the console; the files get every step
     trace: tuple[int, str] = (0, "")  # the step of which a profile is written, and where
 
-    def resume(self, fresh: Callable[[], TrainState],
-               abstract: TrainState) -> tuple[TrainState, jax.Array, int]:
-        """(state, root key, steps already done); `fresh` is called only without a checkpoint."""
+    def resume(self, fresh: Callable[[], TrainState], abstract: TrainState, pending: Any = None
+               ) -> tuple[TrainState, jax.Array, int, Any]:
+        """(state, root key, steps already done, what was pending then).
+
+        `fresh` is called only without a checkpoint. `pending`: abstract, what `run` saves besides.
+        """
         # On every device: on one of several it could not meet the weights in a jitted function.
         everywhere = abstract.updates.sharding
         key = jax.jit(lambda: jax.random.key(self.seed), out_shardings=everywhere)()
         done = self.checkpoints.latest()
         if done is None:
             self.metrics.truncate(self.name, 0)
-            return fresh(), key, 0
+            return fresh(), key, 0, None
         wanted = {
             "state": abstract,
             "key": jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=everywhere),
-        }
+        } | ({} if pending is None else {"pending": pending})
         saved, _ = self.checkpoints.restore(wanted, done)
         self.metrics.truncate(self.name, done)
         self.console.say(f"{self.name}: continuing after step {done}")
-        return saved["state"], saved["key"], done
+        return saved["state"], saved["key"], done, saved.get("pending")
 
     def run(self, state: TrainState, key: jax.Array, done: int, step_fn: StepFn,
-            after: Callable[[int, TrainState], None] | None = None) -> TrainState:
+            after: Callable[[int, TrainState], None] | None = None,
+            pending: Callable[[], dict[str, Any]] = dict) -> TrainState:
         """Steps `done` … `steps`; saves every `checkpoint.every` steps and after the last one.
 
+        `pending`: what is saved besides state and key, {} or {"pending": tree}.
         Raises FloatingPointError where a loss or gradient is not finite: such a state is not saved;
         Preempted where a process was told to end: that step is.
         """
@@ -103,7 +110,8 @@ class Stage:
                 if told or due:
                     with self.watch.phase("save", step + 1):
                         self.push()
-                        self.checkpoints.save(step + 1, {"state": state, "key": key})
+                        saved = {"state": state, "key": key, **pending()}
+                        self.checkpoints.save(step + 1, saved)
                 if told:
                     with self.watch.phase("save", step + 1):
                         self.checkpoints.wait()
@@ -133,7 +141,7 @@ def train_sft(stage: Stage, fresh: Callable[[], TrainState], abstract: TrainStat
               examples: ExampleSet, *, model: ModelConfig, cfg: SFTConfig, layout: Layout,
               dtype: Any) -> TrainState:
     """The cold start; returns its last state."""
-    state, key, done = stage.resume(fresh, abstract)
+    state, key, done, _ = stage.resume(fresh, abstract)
     rate = schedule(cfg, cfg.steps)
     update = sft_lib.make_update(
         model, cfg, make_optimizer(cfg, cfg.steps), layout=layout, dtype=dtype
@@ -166,25 +174,26 @@ def train_grpo(stage: Stage, fresh: Callable[[], TrainState], abstract: TrainSta
       after: called with (steps done, state) at the end of every step, and first of all with what a
         checkpoint holds: the run that saved it may have ended before. Evaluates, for instance.
     """
-    state, key, done = stage.resume(fresh, abstract)
+    saved = collect.abstract(cfg.prompts_per_step, cfg.samples_per_prompt) if cfg.ahead else None
+    state, key, done, saved = stage.resume(fresh, abstract, saved)
     rollouts.truncate(done)
     if done and after is not None:
         after(done, state)
     learner = Learner.make(model, cfg, layout, collect.layout, filters=collect.filters,
                            dtype=dtype, steps=stage.steps)
     timer = PhaseTimer(stage.watch)
+    sampling = _Sampling(data, collect, learner, cfg, stage, key)
+    if saved is not None and done < stage.steps:
+        sampling.restore(saved, done)
 
     def step_fn(state: TrainState, step: int) -> tuple[TrainState, dict[str, float]]:
-        prompts = data.batch(step, batch_size=cfg.prompts_per_step, seed=stage.seed)
         with timer("rollout", step + 1):
-            policy = learner.reshard(state.params)
-            rollout = collect.roll(policy, prompts, named_key(key, "rollout", step))
-            del policy  # the rollout's copy of the weights: the update needs its place
+            prompts, rollout, assessing = sampling.take(state.params, step)
             batch = learner.begin(state, reference, prompts, rollout)  # while the host scores
-            own = collect.fetch(rollout)
         with timer("reward", step + 1):
-            experience = collect.assess(prompts, *own)
+            experience = assessing.result()
             verdict = experience.verdict()
+            verdict.check(collect.max_missing)
         with timer("update", step + 1):
             adv_QG = learner.signal(prompts, verdict)
             plans = learner.plans(verdict, adv_QG, rollout.tokens_QGT.shape[2])
@@ -201,7 +210,52 @@ def train_grpo(stage: Stage, fresh: Callable[[], TrainState], abstract: TrainSta
             metrics["perf/tokens_per_s"] = tokens / spent["time/rollout"]
         return state, metrics | spent
 
-    return stage.run(state, key, done, step_fn, after)
+    return stage.run(state, key, done, step_fn, after, sampling.pending)
+
+
+@dataclasses.dataclass
+class _Sampling:
+    """Completions of one step after another; with `grpo.ahead` those of the next step, too, so
+    that their judging runs while the devices sample and update."""
+
+    data: PromptSet
+    collect: Collector
+    learner: Learner
+    cfg: GRPOConfig
+    stage: Stage
+    key: jax.Array
+    next: tuple[PromptBatch, Rollout, Assessing] | None = None
+    last: Rollout | None = None
+
+    def take(self, params: Params, step: int) -> tuple[PromptBatch, Rollout, Assessing]:
+        """What is learnt from in a step; its judging has begun."""
+        now = self.next or self._sample(params, step)
+        self.next, self.last = None, now[1]
+        if self.cfg.ahead and step + 1 < self.stage.steps:
+            self.next = self._sample(params, step + 1)
+        return now
+
+    def _sample(self, params: Params, step: int) -> tuple[PromptBatch, Rollout, Assessing]:
+        prompts = self._prompts(step)
+        assessing = self.collect.assessing(prompts)
+        policy = self.learner.reshard(params)  # gone at the end: the update needs its place
+        key = named_key(self.key, "rollout", step)
+        return prompts, self.collect.roll(policy, prompts, key, assessing.add), assessing
+
+    def _prompts(self, step: int) -> PromptBatch:
+        size = self.cfg.prompts_per_step
+        return self.data.batch(step, batch_size=size, seed=self.stage.seed)
+
+    def restore(self, rollout: Rollout, step: int) -> None:
+        """Goes on with completions of a checkpoint: the policy that wrote them is gone."""
+        prompts = self._prompts(step)
+        assessing = self.collect.assessing(prompts)
+        assessing.add(rollout)
+        self.next = prompts, rollout, assessing
+
+    def pending(self) -> dict[str, Any]:
+        """What a checkpoint must hold; after the last step it means nothing."""
+        return {"pending": self.next[1] if self.next else self.last} if self.cfg.ahead else {}
 
 
 def _log(experience: Experience, rollouts: RolloutLog, step: int, limit: int) -> dict[str, float]:

@@ -1,0 +1,66 @@
+"""Scores of one part of a batch, while the next part is sampled.
+
+    assessing = Assessing(...)
+    roll(..., assessing.add)       each piece is read and scored in a thread, once it is sampled
+    assessing.result()             waits for what is left
+
+With a judge that answers over a network a step takes about as long as the longer of sampling and
+judging, not both. A judge that works on the run's own devices gains nothing by that and has to be
+asked by all processes in turn: then (`overlap` False) nothing begins before `result`.
+"""
+
+import dataclasses
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+import numpy as np
+
+from gtalign_jax.pod import share
+from gtalign_jax.rollout.sampler import Rollout
+
+
+class Assessing:
+    """Completions on their way to scores.
+
+    Args:
+      fetch: global rollout -> (own rows, their completions on the host).
+      assess: (numbers of the prompts in the batch, completions on the host) -> Experience.
+      overlap: score in threads, as soon as there is something to score.
+    """
+
+    def __init__(self, fetch: Callable[[Rollout], tuple[np.ndarray, Rollout]],
+                 assess: Callable[[np.ndarray, Rollout], Any], overlap: bool):
+        self._fetch, self._assess, self._overlap = fetch, assess, overlap
+        self._parts: list[Future] = []
+        self._later: list[Callable[[], None]] = []
+
+    def add(self, rollout: Rollout, first: int = 0, stride: int = 1) -> None:
+        """Takes the completions of the batch's prompts number `first`, `first + stride` …"""
+        rows, own = self._fetch(rollout)
+        part: Future = Future()
+        self._parts.append(part)
+
+        def work() -> None:
+            try:
+                part.set_result(self._assess(first + stride * rows, own))
+            except BaseException as error:  # raised by `result`, in the thread that waits
+                part.set_exception(error)
+
+        if self._overlap:
+            # A daemon: an interrupted run must not wait for a judge that nobody listens to.
+            threading.Thread(target=work, name=f"assess-{first}", daemon=True).start()
+        else:
+            self._later.append(work)
+
+    def result(self) -> Any:
+        """The Experience of all that was added, in the order of the batch. Raises what scoring
+        raised."""
+        while self._later:
+            self._later.pop(0)()
+        parts = [part.result() for part in self._parts]
+        if len(parts) == 1:
+            return parts[0]
+        whole = share.in_order([(part.rows_B, part) for part in parts])
+        return dataclasses.replace(whole, slots=sum(part.slots for part in parts))
