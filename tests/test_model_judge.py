@@ -34,9 +34,9 @@ from gtalign_jax.training.model_judge import make
 from gtalign_jax.training.sft import ExampleSet, SFTConfig
 from gtalign_jax.training.state import make_optimizer, make_state
 
-STEPS = 70
+STEPS = 80
 GRADES = {"builtin-arithmetic": 0.25, "builtin-ambiguity": 1.0, "builtin-safety": 0.5,
-          "builtin-writing": 3.5}
+          "builtin-writing": 3.0}
 CONFIG = JudgeConfig(kind="jax", model="(a directory)", prompt_tokens=448, max_tokens=16,
                      batch_size=8)
 
@@ -83,7 +83,7 @@ def teach(folder: Path, cfg: ModelConfig) -> str:
     answers = [[*encode_completion(tokenizer, f"So be it.\n<verdict>{grade(r):g}</verdict>"),
                 tokenizer.eos_token_id] for r in examples]
     rows = ExampleSet(asked, answers, max(map(len, asked)), max(map(len, answers)))
-    settings = SFTConfig(steps=STEPS, learning_rate=1e-2, batch_size=8)
+    settings = SFTConfig(steps=STEPS, learning_rate=2e-2, batch_size=8, decay="cosine")
     optimizer = make_optimizer(settings, STEPS)
     where = Layout(make_mesh(MeshConfig(), jax.devices()[:1]), TRAIN)
     params = jax.device_put(init_params(cfg, jax.random.key(0)), param_shardings(cfg, where))
@@ -130,7 +130,7 @@ def test_a_taught_model_judges_the_built_in_tasks_over_eight_devices(eight):
     asked, heard = requests("test", 20), {}
     found = eight(asked, heard.__setitem__)
     assert [judgement.score for judgement in found] == [grade(request) for request in asked]
-    assert {judgement.reply for judgement in found} >= {"So be it.\n<verdict>3.5</verdict>"}
+    assert {judgement.reply for judgement in found} >= {"So be it.\n<verdict>3</verdict>"}
     assert [heard[i] for i in range(20)] == found
     assert all(judgement.attempts == 1 and judgement.seconds > 0 for judgement in found)
     q_LDNH = eight.params.layers.q_LDNH
@@ -142,10 +142,12 @@ def test_a_taught_model_judges_the_built_in_tasks_over_eight_devices(eight):
 def test_what_cannot_be_judged_is_missing_with_its_cause_and_the_rest_is_not(eight, monkeypatch):
     """One call for each cause: the programs are those of the other tests, nothing recompiles."""
     short, *_, other = requests("test", 20)
-    long = dataclasses.replace(short, response="word " * 600)
-    found = eight([long, short])
-    assert (found[0].score, found[0].cause) == (None, "too_long")
-    assert "judge.prompt_tokens=448" in found[0].error
+    long, longer = (dataclasses.replace(short, response="word " * n) for n in (600, 100_000))
+    heard = {}
+    found = eight([long, short, longer], heard.__setitem__)
+    assert [heard[i] for i in range(3)] == found
+    for judgement, why in ((found[0], "judge.prompt_tokens=448"), (found[2], "32000")):
+        assert (judgement.score, judgement.cause) == (None, "too_long") and why in judgement.error
     assert found[1].score == grade(short)
 
     hasty = dataclasses.replace(eight, config=dataclasses.replace(eight.config, max_tokens=3))

@@ -75,13 +75,12 @@ class ModelJudge:
         """One Judgement per request, in order. `told` hears of each as it comes, by its number."""
         found: list[Judgement | None] = [None] * len(requests)
         places: dict[Ids, list[int]] = {}
-        for i, ids in enumerate(_encode(self.tokenizer, requests, self.config)):
-            places.setdefault(ids, []).append(i)
-        for ids in [ids for ids in places if len(ids) > self.config.prompt_tokens]:
-            for i in places.pop(ids):
-                found[i] = missing("too_long", f"its prompt of {len(ids)} tokens is longer than "
-                                   f"judge.prompt_tokens={self.config.prompt_tokens}")
-                told(i, found[i])
+        for i, prompt in enumerate(self._prompts(requests)):
+            if isinstance(prompt, Judgement):
+                found[i] = prompt
+                told(i, prompt)
+            else:
+                places.setdefault(prompt, []).append(i)
         for batch in self._batches(list(places)):
             began = time.perf_counter()
             replies = self._replies(batch)
@@ -98,6 +97,19 @@ class ModelJudge:
         """What prompts are padded to, ascending: so many programs may be compiled."""
         parts = (-(-self.config.prompt_tokens // 2**n) for n in range(HALVINGS + 1))
         return tuple(sorted({-(-part // WIDTH_MULTIPLE) * WIDTH_MULTIPLE for part in parts}))
+
+    def _prompts(self, requests: Sequence[JudgeRequest]) -> list[Ids | Judgement]:
+        """What the judge is shown of each request, or why it is shown nothing."""
+        limit, reasons = self.config.prompt_tokens, list(map(prompts.too_long, requests))
+        shown = [request for request, why in zip(requests, reasons, strict=True) if why is None]
+        encoded = iter(_encode(self.tokenizer, shown, self.config))
+        found: list[Ids | Judgement] = []
+        for why in reasons:
+            ids = next(encoded) if why is None else ()
+            if len(ids) > limit:
+                why = f"its prompt has {len(ids)} tokens, more than judge.prompt_tokens={limit}"
+            found.append(ids if why is None else missing("too_long", why))
+        return found
 
     def _batches(self, own: list[Ids]) -> list[list[Ids]]:
         """The prompts of all processes, each once, the longest first: what does not fit into the
