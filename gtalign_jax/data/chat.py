@@ -6,11 +6,13 @@ Knows no task; a tokenizer is whatever transformers' AutoTokenizer loads (senten
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 Messages = Sequence[Mapping[str, str]]
+NO_VARIABLES: Mapping[str, Any] = MappingProxyType({})
 
 
 def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerBase:
@@ -18,8 +20,11 @@ def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
 
 
-def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> str:
+def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages,
+                variables: Mapping[str, Any] = NO_VARIABLES) -> str:
     """The prompt text: messages in the chat template, with the opening of the assistant's turn.
+
+    `variables`: what else the template may ask for, such as {"enable_thinking": False}.
 
     Raises:
       TypeError: messages is a string (a text on which a template may have been applied already).
@@ -36,7 +41,8 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> str:
             "to its tokenizer_config.json, or use the model's instruction-tuned variant"
         )
     return tokenizer.apply_chat_template(
-        [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
+        [dict(message) for message in messages], tokenize=False, add_generation_prompt=True,
+        **variables,
     )
 
 
@@ -52,9 +58,10 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[
     return encode_chats(tokenizer, [messages])[0]
 
 
-def encode_chats(tokenizer: PreTrainedTokenizerBase, chats: Iterable[Messages]) -> list[list[int]]:
-    """`encode_chat` of many prompts, in one call of the tokenizer."""
-    texts = [render_chat(tokenizer, messages) for messages in chats]
+def encode_chats(tokenizer: PreTrainedTokenizerBase, chats: Iterable[Messages],
+                 variables: Mapping[str, Any] = NO_VARIABLES) -> list[list[int]]:
+    """`encode_chat` of many prompts, in one call of the tokenizer; `variables` as `render_chat`."""
+    texts = [render_chat(tokenizer, messages, variables) for messages in chats]
     if not texts:
         return []
     bos = tokenizer.bos_token_id
