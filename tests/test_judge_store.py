@@ -54,7 +54,8 @@ def told_by(child, count):
 def kill(child):
     """kill -9, and what it had told by then."""
     child.send_signal(signal.SIGKILL)
-    rest = child.stdout.read()  # `communicate` would overlook what `readline` has read ahead
+    with child.stdout as told:  # `communicate` would overlook what `readline` has read ahead
+        rest = told.read()
     child.wait(60)
     whole = [line.rsplit(maxsplit=1) for line in rest.split("\n")[:-1]]
     return {response: float(score) for response, score in whole}
