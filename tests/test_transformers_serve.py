@@ -6,12 +6,16 @@ import importlib.util
 import os
 
 import foreign
+import jax.numpy as jnp
 import pytest
+import runs
 from judging import request
 
+from gtalign_jax import judging
+from gtalign_jax.model.sharding import ROLLOUT, Layout, MeshConfig, make_mesh
 from gtalign_jax.reward.http_judge import HttpJudge
 from gtalign_jax.reward.judge_config import JudgeConfig
-from gtalign_jax.reward.judges import JudgeRequest
+from gtalign_jax.reward.judges import JudgeError, JudgeRequest
 
 pytestmark = [pytest.mark.slow, pytest.mark.hf]
 
@@ -69,3 +73,11 @@ def test_what_it_does_not_know_it_refuses_and_that_is_not_asked_again(server):
         (found,) = ask([request("x")])
     assert (found.score, found.cause, found.attempts) == (None, "rejected", 1)
     assert "HTTP 422" in found.error
+
+
+def test_the_pre_flight_of_a_run_says_that_it_is_no_judge(server, tmp_path):
+    config = runs.config(tmp_path, judge__kind="http", judge__rules=False, judge__max_tokens=8,
+                         judge__base_url=server.url, judge__model=server.model)
+    layout = Layout(make_mesh(MeshConfig()), ROLLOUT)
+    with pytest.raises(JudgeError, match="golden sample of 'builtin-writing' got no grade"):
+        judging.open_judge(config, ("builtin-writing",), layout, jnp.float32)
