@@ -164,30 +164,40 @@ def make(cfg: JudgeConfig, layout: Layout, dtype: Any) -> ModelJudge:
       ValueError: no such model, one that does not fit the mesh or the settings, or a tokenizer that
         cannot ask it: named by key, value and what is allowed. Nothing is compiled until then.
     """
-    _check_settings(cfg, layout)
+    check_settings(cfg, layout)
     directory = load.resolve(cfg.model, "judge.model")
     named = f"judge.model={cfg.model!r}"
     if not (Path(directory) / "config.json").is_file():
         raise ValueError(f"{named} has no config.json; allowed: {load.ALLOWED}")
     try:
         tokenizer = load_tokenizer(directory)
-        model = load_config(directory)
-        model = dataclasses.replace(model, vocab_multiple=layout.axis_size("vocab"))
-        check_model_fits(model, layout.mesh)
+        model = fitted(load_config(directory), layout)
         stops = stop_ids(tokenizer, load.generation_config(load.ModelSource(path=directory)))
         prefix = _check_asking(cfg, model, tokenizer, stops)
         params = load_params(directory, model, layout, dtype)
     except (ValueError, OSError) as error:
         raise ValueError(f"{named}: {error}") from error
-    sampler = SamplerConfig(cfg.max_tokens, cfg.temperature, top_p=cfg.top_p)
     return ModelJudge(
         config=cfg, params=params, tokenizer=tokenizer, layout=layout, prefix=prefix,
-        sample=make_sampler(model, sampler, 1, stops, layout, len(prefix)),
-        sample_any=make_sampler(model, sampler, 1, stops, layout),
+        sample=make_sampler(model, settings(cfg), 1, stops, layout, len(prefix)),
+        sample_any=make_sampler(model, settings(cfg), 1, stops, layout),
     )
 
 
-def _check_settings(cfg: JudgeConfig, layout: Layout) -> None:
+def settings(cfg: JudgeConfig) -> SamplerConfig:
+    """How its replies are drawn."""
+    return SamplerConfig(cfg.max_tokens, cfg.temperature, top_p=cfg.top_p)
+
+
+def fitted(model: ModelConfig, layout: Layout) -> ModelConfig:
+    """The sizes with a vocabulary that the mesh divides. Raises ValueError where it does not divide
+    the rest."""
+    model = dataclasses.replace(model, vocab_multiple=layout.axis_size("vocab"))
+    check_model_fits(model, layout.mesh)
+    return model
+
+
+def check_settings(cfg: JudgeConfig, layout: Layout) -> None:
     """Raises ValueError for settings that fit a server, but not this judge."""
     shards = layout.axis_size("prompts")
     if cfg.batch_size % shards:
