@@ -26,6 +26,7 @@ from gtalign_jax.freeze import ConfigError, check_overrides, freeze, to_dict
 from gtalign_jax.model.load import ModelSource
 from gtalign_jax.model.sharding import BATCH_AXES, MeshConfig, batch_shards, is_flash
 from gtalign_jax.pod.start import PodConfig, installed
+from gtalign_jax.reward.factors import NAMES as FACTORS
 from gtalign_jax.reward.judge_config import JudgeConfig
 from gtalign_jax.reward.normalizers import NORMALIZERS
 from gtalign_jax.reward.scoring import RewardConfig
@@ -92,7 +93,7 @@ _YOUNGER = {
     "data.reasoning": "tagged", "reward.reasoning": "tagged", "sft.repriced": 0.0,
     "reward.tasks": [], "judge.top_p": 1.0, "judge.thinking": "default", "judge.rules": True,
     "judge.reasoning_effort": "", "judge.extra_body": "", "judge.prompt_tokens": 4096,
-    "grpo.ahead": 0,
+    "grpo.ahead": 0, "grpo.filter_on": "",
 }
 
 
@@ -199,6 +200,10 @@ def _grpo_problems(grpo: GRPOConfig, shards: int) -> list[str]:
     if grpo.normalizer not in NORMALIZERS:
         problems.append(
             f"grpo.normalizer={grpo.normalizer!r}: expected one of {tuple(NORMALIZERS)}"
+        )
+    if grpo.filter_on and grpo.filter_on not in FACTORS:
+        problems.append(
+            f"grpo.filter_on={grpo.filter_on!r}: expected '' (off) or one of {FACTORS}"
         )
     if grpo.samples_per_prompt < 2:
         problems.append(

@@ -51,7 +51,7 @@ class Asked:
     Attributes:
       count: how often the same prompt had been asked, this time included.
       running: requests under way when it came, itself included.
-      fault: what was done to it, "" if it was answered well.
+      fault: what was done to it, "" if it was answered well. ended: when that was over.
     """
 
     body: dict[str, Any]
@@ -61,6 +61,7 @@ class Asked:
     count: int = 1
     running: int = 1
     fault: str = ""
+    ended: float | None = None
 
     @property
     def prompt(self) -> str:
@@ -214,6 +215,7 @@ class _Handler(BaseHTTPRequestHandler):
         finally:
             with server.lock:
                 server.running -= 1
+                asked.ended = time.monotonic()
 
     def serve(self, asked: Asked) -> None:
         settings, fault = self.server.settings, asked.fault

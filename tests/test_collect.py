@@ -54,7 +54,8 @@ def experience(monkeypatch):
 def test_a_process_without_rows_of_its_own_adds_nothing_to_the_whole(experience, monkeypatch):
     """Where an axis that cuts no batch crosses processes, only one of them owns the prompts."""
     def judge(requests):
-        raise AssertionError("there is nothing to ask about")
+        assert not requests  # there is nothing to ask about
+        return []
 
     collector = Collector(None, None, judge, RewardConfig(math="judge"), None, None)
     nothing = Rollout(np.zeros((0, 2, 3), int), np.zeros((0, 2, 3)), np.zeros((0, 2), int),

@@ -231,10 +231,16 @@ def test_without_std_advantages_are_only_centred():
     np.testing.assert_allclose(adv, [[0.5, -0.5, 0.0]], rtol=1e-6)
 
 
+# The middle between two neighbours in float32: float64 just below and above it rounds apart.
+MIDDLE = (float(np.float32(0.3)) + float(np.nextafter(np.float32(0.3), np.float32(1)))) / 2
+
+
 @pytest.mark.parametrize("std", ["group", "none"])
 @pytest.mark.parametrize("rewards", [
     [0.1] * 7,  # the mean of seven float32 tenths is no tenth
     [0.1 + 0.2, 0.3, 0.3],  # differ in float64, in the reward's last bit
+    [0.05, 0.05 + 1e-17, 0.05],
+    [np.nextafter(MIDDLE, 0), np.nextafter(MIDDLE, 1)],  # and so in float32
     [1e6 + 0.1] * 5,
     [0.0] * 4,
 ])
@@ -245,6 +251,13 @@ def test_equal_rewards_give_exactly_zero(std, rewards):
         epsilon=0.0,
     )
     assert (np.asarray(adv) == 0).all()
+
+
+def test_rewards_two_steps_of_float32_apart_are_different():
+    low = np.float32(0.3)
+    high = np.nextafter(np.nextafter(low, np.float32(1)), np.float32(1))
+    adv = grpo.advantages(jnp.asarray([[low, high]]), jnp.ones((1, 2), bool), epsilon=0.0)
+    np.testing.assert_allclose(adv, [[-1, 1]], atol=0.5)
 
 
 def test_missing_members_are_out_of_mean_and_std():

@@ -55,7 +55,7 @@ def test_hostile_answers_end_in_time_and_the_next_one_is_still_served():
     ]
     checker = MathChecker(workers=2, timeout_s=8.0)
     try:
-        checker([("1", "\\boxed{2}")])  # starting a worker takes a second of its own
+        checker([("1", "\\boxed{4/2}")])  # starting a worker takes a second of its own
         started = time.monotonic()
         found = checker([("12", answer) for answer in hostile] + [("12", "\\boxed{24/2}")])
         # Two workers, at most 8 s and a restart each.
@@ -79,6 +79,32 @@ def test_a_worker_that_overruns_is_ended_and_replaced():
         assert checker([("3", "\\boxed{6/2}")])[0][0] == 1.0
     finally:
         checker.close()
+
+
+def test_what_needs_no_algebra_starts_no_worker_and_equal_answers_are_compared_once(monkeypatch):
+    checker, asked = MathChecker(workers=1), []
+
+    def ask(truth, answer, is_boxed):
+        asked.append((truth, answer, is_boxed))
+        return 0.25, "asked"
+
+    monkeypatch.setattr(checker, "_ask", ask)
+    settled = [
+        ("342", "\\boxed{342}", 1.0), ("342", "\\boxed{341}", 0.0), ("-7", "\\boxed{ 7 }", 0.0),
+        ("\\frac12", "so $\\boxed{\\frac 12}$", 1.0), ("342", "no number", 0.0),
+    ]  # fmt: skip
+    assert [s for s, _ in checker([pair[:2] for pair in settled])] == [s for *_, s in settled]
+    assert asked == []
+    # The same value in another notation, a number without a box and one too long are algebra.
+    open_ones = ["\\boxed{0342}", "341 or so", "\\boxed{341.0}", "\\boxed{" + "9" * 30 + "}"]
+    found = checker([("342", response) for response in open_ones * 3])
+    assert [score for score, _ in found] == [0.25] * 12 and len(asked) == 4
+    assert ("342", "0342", True) in asked and ("342", "341 or so", False) in asked
+
+
+@pytest.mark.parametrize("other", ["341", "-342", "0", "3420"])
+def test_algebra_too_tells_different_whole_numbers_apart(other, checker):
+    assert checker._ask("342", other, True)[0] == 0.0
 
 
 def test_it_serves_any_thread(checker):

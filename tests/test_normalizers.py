@@ -49,6 +49,15 @@ def test_equal_rewards_and_ties_get_equal_values():
 
 
 @pytest.mark.parametrize("kind", NORMALIZERS)
+def test_equal_rewards_of_a_source_stay_equal_to_the_last_bit(kind):
+    """Wherever they stand: what differed by rounding would be a signal to its group."""
+    reward = np.random.default_rng(0).uniform(size=61)
+    reward[1::3] = 0.1 + 0.2
+    got = normalize(kind, reward, ["a"] * 61)
+    assert len(set(got[1::3].tolist())) == 1
+
+
+@pytest.mark.parametrize("kind", NORMALIZERS)
 def test_missing_rewards_change_nothing_and_come_out_as_zero(kind):
     reward = np.array([0.2, 0.9, 0.4, 0.7, 0.1])
     sources = ["a", "a", "a", "b", "b"]

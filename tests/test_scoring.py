@@ -42,6 +42,18 @@ class Recorder:
         return [self.answer(request) for request in requests]
 
 
+@pytest.mark.parametrize("options", [{}, {"welfare": "ces", "rho": 0.3}, {"welfare": "linear"}],
+                         ids=str)
+def test_equal_factors_give_rewards_that_are_equal_to_the_last_bit(options):
+    """Wherever in a batch they stand, and among whom: otherwise rounding would be a signal."""
+    other = render("c " * 30, MATRIX, "Take DQ_AQ.", "four")
+    texts = [other if b % 3 == 1 else TEXT for b in range(61)]
+    found = score([prompt()] * 61, texts, Recorder(), RewardConfig(**options))
+    same = [b for b, text in enumerate(texts) if text == TEXT]
+    assert len(set(found.reward_B[same].tolist())) == 1
+    assert len(set(found.reward_B.tolist())) == 2
+
+
 def sigmoid(x):
     return 1 / (1 + math.exp(-x))
 

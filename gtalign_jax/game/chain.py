@@ -69,6 +69,7 @@ PLAIN_SYSTEM = (
 
 BRIEF_INSTRUCTION = "Write thinking, payoff, analyze, response; act on the best cell."
 
+_KEY_SET, _PLAYER_SET, _NUMBERS = frozenset(KEYS), frozenset(PLAYERS), (int, float)
 _CURLY_QUOTES = str.maketrans({"“": '"', "”": '"', "‘": "'", "’": "'"})
 _JOINTS = tuple(
     re.compile(rf"</{before}>\s*<{after}>")
@@ -206,7 +207,7 @@ def read_matrix(matrix: Any) -> np.ndarray:
     error = _matrix_error(matrix)
     if error is not None:
         raise ValueError(error)
-    cells = [[float(matrix[key][player]) for player in PLAYERS] for key in KEYS]
+    cells = [matrix[key][player] for key in KEYS for player in PLAYERS]
     shape = (len(USER_ACTIONS), len(ACTIONS), len(PLAYERS))
     return np.array(cells, np.float64).reshape(shape)
 
@@ -241,7 +242,8 @@ def _read_payoff(block: str) -> tuple[dict | None, np.ndarray | None, str | None
         return None, None, f"payoff block longer than {MAX_PAYOFF_CHARS} characters"
     if sum(map(block.count, "{[(")) > MAX_BRACKETS:
         return None, None, f"payoff block with more than {MAX_BRACKETS} brackets"
-    block = block.translate(_CURLY_QUOTES)
+    if not block.isascii():
+        block = block.translate(_CURLY_QUOTES)
     try:
         matrix = json.loads(block)
     except ValueError:  # also numbers of thousands of digits; no RecursionError: few brackets
@@ -259,17 +261,17 @@ def _matrix_error(matrix: Any) -> str | None:
     """What keeps a parsed value from being a payoff matrix, None if nothing does."""
     if not isinstance(matrix, dict):
         return f"payoff is a {type(matrix).__name__}, not an object"
-    if set(matrix) != set(KEYS):
-        missing = sorted(set(KEYS) - set(matrix))
-        extra = sorted(str(key)[:20] for key in set(matrix) - set(KEYS))
+    if matrix.keys() != _KEY_SET:
+        missing = sorted(_KEY_SET - matrix.keys())
+        extra = sorted(str(key)[:20] for key in matrix.keys() - _KEY_SET)
         return f"payoff keys: missing {missing}, unexpected {extra[:6]}"
     for key in KEYS:
         cell = matrix[key]
-        if not isinstance(cell, dict) or set(cell) != set(PLAYERS):
+        if not isinstance(cell, dict) or cell.keys() != _PLAYER_SET:
             return f"payoff cell {key} must hold exactly LLM and user"
         for player in PLAYERS:
             value = cell[player]
-            if isinstance(value, bool) or not isinstance(value, int | float):
+            if not isinstance(value, _NUMBERS) or isinstance(value, bool):
                 return f"payoff {key}.{player} is a {type(value).__name__}, not a number"
             if not _is_finite(value):
                 return f"payoff {key}.{player} is not finite"

@@ -1,8 +1,8 @@
 """The figures of a report, each a function from numbers to `ink.Picture`s.
 
-Curves over training are in figures_time, the welfare plane in figures_plane, points with
-intervals in figures_forest; here are payoff matrices and lengths. Where there is nothing to draw,
-the answer is None or an empty list. All are reached through this module.
+Curves over training are in figures_time and figures_hacking, the welfare plane in figures_plane,
+points with intervals in figures_forest; here are payoff matrices and lengths. Where there is
+nothing to draw, the answer is None or an empty list. All are reached through this module.
 """
 
 import math
@@ -22,13 +22,14 @@ from gtalign_jax.game import payoff
 from gtalign_jax.game.chain import ACTIONS, KEYS, PLAYERS, USER_ACTIONS
 from gtalign_jax.report import ink
 from gtalign_jax.report.figures_forest import forest, measure_bars, source_bars
+from gtalign_jax.report.figures_hacking import hacking_signs
 from gtalign_jax.report.figures_plane import plane_points, welfare_plane
 from gtalign_jax.report.figures_time import action_shares, learning_curves
 from gtalign_jax.report.ink import Picture
 
 __all__ = [
-    "action_shares", "forest", "learning_curves", "length_histograms", "measure_bars",
-    "payoff_heat_maps", "plane_points", "source_bars", "welfare_plane",
+    "action_shares", "forest", "hacking_signs", "learning_curves", "length_histograms",
+    "measure_bars", "payoff_heat_maps", "plane_points", "source_bars", "welfare_plane",
 ]  # fmt: skip
 
 Matrix = Mapping[str, Mapping[str, float]]

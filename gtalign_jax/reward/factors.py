@@ -90,10 +90,12 @@ def utilities(
 
 
 _MENTION = re.compile(
+    r"(?=[ACDFVacdf])(?:"  # the letters that a mention begins with: most places are none at once
     r"(?<![A-Za-z])(?:(?P<user>VQ|DQ)[ _-]?)?(?P<action>DA|CQ|AQ)(?![A-Za-z])"
     r"|(?P<DA>(?i:direct(?:ly)? answer|answer(?:ing|s)? (?:it |this )?directly))"
     r"|(?P<CQ>(?i:clarif(?:y|ying|ication)))"
     r"|(?P<AQ>(?i:follow-?\s?up))"
+    r")"
 )
 
 

@@ -180,7 +180,7 @@ async def _close(endpoints: Collection[Endpoint]) -> None:
 
 def _finish(loop: asyncio.AbstractEventLoop, thread: threading.Thread,
             endpoints: Collection[Endpoint]) -> None:
-    if threading.current_thread() is thread:  # collected as garbage there: it cannot wait for itself
+    if threading.current_thread() is thread:  # forgotten there: it cannot wait for itself
         closing = loop.create_task(_close(endpoints))
         closing.add_done_callback(lambda _: loop.stop())
         return

@@ -3,7 +3,8 @@
 Symbolic algebra on a model's text can run for ever (9^9^9^9) and fill the memory, in C code that no
 signal interrupts; `math-verify`'s own time-outs are signals and work in a main thread only. So the
 algebra runs in worker processes, in their main threads, with limited memory; the caller (any
-thread) waits a limited time and ends a worker that exceeds it. Equal strings need no worker.
+thread) waits a limited time and ends a worker that exceeds it. Equal strings, and two whole
+numbers, need no worker.
 
 A run of this file as a module is such a worker: a JSON line in, a JSON line out, until its input
 ends. Knows no task. Deviation from the paper's code: numbers in programmers' notation (4.5e33,
@@ -34,6 +35,7 @@ MEMORY_BYTES = 4 << 30
 UNSETTLED = "not settled "  # how the note begins where time or memory ended the comparison
 
 _NUMBER = re.compile(r"(?<![\w.])(\d{1,40}\.?\d{0,40}|\.\d{1,40})[eE]([+-]?\d{1,5})(?![\w.])")
+_WHOLE = re.compile(r"\s{0,9}-?\d{1,18}\s{0,9}", re.ASCII)
 _BARE_POINT = re.compile(r"(?<=\d)\.(?=\s*[/*)])")
 _NUMPY = re.compile(r"\bnp\.(?=(?:arc)?(?:sin|cos|tan|sqrt|exp|log|pi)\b)")
 _INVISIBLE = re.compile(r"\\(?:left|right|displaystyle|,|;|!|:)|[\s$]")
@@ -85,10 +87,15 @@ class MathChecker:
         1 equal, 0 not; 0 also where the comparison does not end in time or memory, as the answer
         is to blame. None only where the worker fails for reasons of its own.
         """
-        if not pairs:
-            return []
-        with ThreadPoolExecutor(self._count) as pool:
-            return list(pool.map(lambda pair: self._check(*pair), pairs))
+        questions = [(truth, *_final_answer(response)) for truth, response in pairs]
+        # The samples of a prompt often end in the same answer: it is compared once.
+        found = {question: _settled(*question) for question in questions}
+        unsettled = [question for question, verdict in found.items() if verdict is None]
+        if unsettled:
+            with ThreadPoolExecutor(self._count) as pool:
+                asked = pool.map(lambda question: self._ask(*question), unsettled)
+                found |= zip(unsettled, asked, strict=True)
+        return [found[question] for question in questions]
 
     def close(self) -> None:
         """Ends the worker processes."""
@@ -96,19 +103,32 @@ class MathChecker:
             worker.stop()
             self._idle.put(worker)
 
-    def _check(self, truth: str, response: str) -> tuple[float | None, str]:
-        response = response[-MAX_CHARS:]
-        boxed = last_boxed(response)
-        if same_string(truth, response if boxed is None else boxed):
-            return 1.0, "same string"
-        if boxed is None and not re.search(r"[\d\\$]", response):
-            return 0.0, "no mathematics in the response"
-        answer = response if boxed is None else f"\\boxed{{{boxed}}}"
+    def _ask(self, truth: str, answer: str, is_boxed: bool) -> tuple[float | None, str]:
+        request = {"truth": truth, "answer": f"\\boxed{{{answer}}}" if is_boxed else answer}
         worker = self._idle.get()
         try:
-            return worker.ask({"truth": truth, "answer": answer}, self._timeout_s)
+            return worker.ask(request, self._timeout_s)
         finally:
             self._idle.put(worker)
+
+
+def _final_answer(response: str) -> tuple[str, bool]:
+    """(the content of the last box, True), or (the end of the response, False) without one."""
+    response = response[-MAX_CHARS:]
+    boxed = last_boxed(response)
+    return (response, False) if boxed is None else (boxed, True)
+
+
+def _settled(truth: str, answer: str, is_boxed: bool) -> tuple[float, str] | None:
+    """(score, note) where no algebra is needed."""
+    if same_string(truth, answer):
+        return 1.0, "same string"
+    if not is_boxed and not re.search(r"[\d\\$]", answer):
+        return 0.0, "no mathematics in the response"
+    if is_boxed and _WHOLE.fullmatch(truth) and _WHOLE.fullmatch(answer):
+        if int(truth) != int(answer):
+            return 0.0, "another whole number"
+    return None
 
 
 class _Worker:

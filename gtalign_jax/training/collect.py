@@ -69,11 +69,15 @@ class Experience:
             _mention_missing(whole.scores)
         return whole
 
-    def verdict(self) -> "Verdict":
-        """What every process needs of the whole batch's scores. A collective."""
+    def verdict(self, filter_on: str = "") -> "Verdict":
+        """What every process needs of the whole batch's scores. A collective.
+
+        `filter_on`: the factor that is to be in it (a key of `scores.factors`); "" for none.
+        """
+        values_B = self.scores.factors[filter_on] if filter_on else None
         problem_B = tuple(map(_problem, self.scores.judgements, self.scores.consistency_judgements))
         own = Verdict(self.scores.reward_B, self.scores.valid_B, self.stopped_B, self.lengths_B,
-                      problem_B)
+                      values_B, problem_B)
         return share.everywhere(own, self.rows_B, "verdict")
 
 
@@ -81,6 +85,7 @@ class Experience:
 class Verdict:
     """Rewards of a whole batch of completions; where `valid_B` is False they mean nothing.
 
+    filter_B: the factor that `grpo.filter_on` names; None where it names none.
     problem_B: of rows that were to be judged "" or what went wrong, "cause: words"; None of others.
     """
 
@@ -88,6 +93,7 @@ class Verdict:
     valid_B: np.ndarray
     stopped_B: np.ndarray
     lengths_B: np.ndarray
+    filter_B: np.ndarray | None = None
     problem_B: tuple[str | None, ...] = ()
 
     def check(self, max_missing: float) -> None:

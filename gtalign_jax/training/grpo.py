@@ -77,6 +77,12 @@ class GRPOConfig(OptimizerConfig):
     ahead: int = 0  # 1: a step's completions are sampled before the update of the step before
     truncated_is: float = 0.0  # cap of exp(trainer logp - sampler logp); 0: off
     mask_truncated: bool = False  # keep completions cut at the limit out of the loss
+    # A factor of the reward (reward.factors.NAMES, such as "answer"); "": off. A group in which it
+    # is the same, to the last bit, for all judged completions says nothing about the task: what
+    # still sets their rewards apart is shape (length, format). Such a group is treated as if it had
+    # no score: out of the normaliser, of the policy's loss, of the KL term and of the count of
+    # tokens that the loss is divided by; the gradient is that of the batch without it.
+    filter_on: str = ""
     logit_chunk: int = 128
     profile_step: int = 0  # of this step a trace is written to WORKDIR/profile; 0: of none
     pack: int = 0  # groups whose completions may share a row of the update; 0: all are padded
@@ -163,7 +169,9 @@ def advantages(reward_QG, valid_QG, *, std: str = "group", epsilon: float = 1e-4
     """Group-relative advantages `[Q, G]`, float32.
 
     Statistics (ddof 0) run over the valid members only; others get 0. A group whose valid rewards
-    are all exactly equal, or with fewer than two, gives zeros: rounding in the mean is no signal.
+    are all equal, or with fewer than two, gives zeros: rounding in the mean is no signal. Rewards
+    come as float64: two that differ by its rounding may lie on either side of where float32 rounds
+    up, so one step of float32 counts as equal, too.
     """
     reward_QG = jnp.where(valid_QG, reward_QG.astype(jnp.float32), 0.0)
     count_Q1 = jnp.maximum(valid_QG.sum(axis=1, keepdims=True), 1)
@@ -173,7 +181,8 @@ def advantages(reward_QG, valid_QG, *, std: str = "group", epsilon: float = 1e-4
     if std == "group":
         variance_Q1 = (centred**2).sum(axis=1, keepdims=True) / count_Q1
         centred = centred / (jnp.sqrt(variance_Q1) + epsilon)
-    return jnp.where(valid_QG & (high_Q1 > low_Q1), centred, 0.0)
+    differ_Q1 = high_Q1 > jnp.nextafter(low_Q1, jnp.inf)
+    return jnp.where(valid_QG & differ_Q1, centred, 0.0)
 
 
 def token_weights(lengths_QG, valid_QG, T: int, aggregation: str) -> jax.Array:

@@ -58,6 +58,16 @@ def _rates(cfg: GRPOConfig, updates: int) -> np.ndarray:
     return np.asarray(jax.vmap(lambda n: jnp.float32(rate(n)))(jnp.arange(updates)))
 
 
+def without_spread(values_QG: np.ndarray, valid_QG: np.ndarray) -> np.ndarray:
+    """`[Q]`: groups whose values are equal, exactly, wherever they are valid and no NaN.
+
+    A group of one such value has no spread; of one with none at all nothing is known: False.
+    """
+    known_QG = valid_QG & ~np.isnan(values_QG)
+    low_Q = np.min(values_QG, axis=1, where=known_QG, initial=np.inf)
+    return low_Q == np.max(values_QG, axis=1, where=known_QG, initial=-np.inf)
+
+
 @dataclasses.dataclass(frozen=True)
 class Learner:
     """The jitted programs of the GRPO stage, made once."""
@@ -92,16 +102,33 @@ class Learner:
         )
 
     def signal(self, prompts: PromptBatch, verdict: Verdict) -> np.ndarray:
-        """Advantages `[Q, G]` of the whole batch, on the host.
+        """Advantages `[Q, G]` of the whole batch, on the host; 0 where there is no score, and in
+        groups that `grpo.filter_on` leaves out.
 
         A few numbers: every process computes all of them, from the same rewards.
         """
-        shape = (len(prompts.prompts), -1)
-        G = len(verdict.reward_B) // shape[0]
-        sources = [prompt.data_source for prompt in prompts.prompts for _ in range(G)]
-        reward_B = normalize(self.cfg.normalizer, verdict.reward_B, sources, verdict.valid_B)
+        Q = len(prompts.prompts)
+        shape = (Q, len(verdict.reward_B) // Q)
+        sources = [prompt.data_source for prompt in prompts.prompts for _ in range(shape[1])]
+        scored_QG = self._scored(verdict, shape)
+        reward_B = normalize(self.cfg.normalizer, verdict.reward_B, sources, scored_QG.reshape(-1))
         reward_QG = reward_B.reshape(shape).astype(np.float32)
-        return np.asarray(self.advantages(reward_QG, verdict.valid_B.reshape(shape)))
+        return np.asarray(self.advantages(reward_QG, scored_QG))
+
+    def _filtered(self, verdict: Verdict, shape: tuple[int, int]) -> np.ndarray:
+        """`[Q]`: groups in which the factor `grpo.filter_on` tells no completion from another."""
+        if not self.cfg.filter_on:
+            return np.zeros(shape[0], bool)
+        if verdict.filter_B is None:
+            raise ValueError(
+                f"grpo.filter_on={self.cfg.filter_on!r}, but the verdict holds no factor: it must "
+                "be made by Experience.verdict(cfg.filter_on)"
+            )
+        return without_spread(verdict.filter_B.reshape(shape), verdict.valid_B.reshape(shape))
+
+    def _scored(self, verdict: Verdict, shape: tuple[int, int]) -> np.ndarray:
+        """`[Q, G]`: completions whose reward counts."""
+        return verdict.valid_B.reshape(shape) & ~self._filtered(verdict, shape)[:, None]
 
     def begin(self, state: TrainState, reference: Params | None, prompts: PromptBatch,
               rollout: Rollout) -> Batch:
@@ -125,13 +152,14 @@ class Learner:
 
     def scored(self, batch: Batch, verdict: Verdict, adv_QG: np.ndarray) -> Batch:
         """Advantages beside the tokens they are about."""
-        valid_QG = self._valid(verdict).reshape(adv_QG.shape)
+        valid_QG = self._in_loss(verdict, adv_QG.shape)
         adv_QG, valid_QG = share.place((adv_QG, valid_QG), self.layout.sharding("prompts"))
         return batch.replace(adv_QG=adv_QG, valid_QG=valid_QG)
 
-    def _valid(self, verdict: Verdict) -> np.ndarray:
-        """Completions that are in the loss."""
-        return verdict.valid_B & (verdict.stopped_B | (not self.cfg.mask_truncated))
+    def _in_loss(self, verdict: Verdict, shape: tuple[int, int]) -> np.ndarray:
+        """`[Q, G]`: completions that are in the loss."""
+        stopped_QG = verdict.stopped_B.reshape(shape)
+        return self._scored(verdict, shape) & (stopped_QG | (not self.cfg.mask_truncated))
 
     @functools.cached_property
     def _cut(self) -> Callable[[Batch], list[Batch]]:
@@ -148,15 +176,13 @@ class Learner:
     def plans(self, verdict: Verdict, adv_QG: np.ndarray, width: int) -> list[Packing]:
         """Where the completions of each minibatch lie, if they are packed; else nothing.
 
-        Rows that cannot change the gradient are left out: not judged, or without advantage where
-        there is no KL term either.
+        Rows that cannot change the gradient are left out: not judged, of a group that is filtered,
+        or without advantage where there is no KL term either.
         """
         if not self.cfg.pack:
             return []
-        lengths_QG, valid_QG = (
-            x.reshape(adv_QG.shape) for x in (verdict.lengths_B, self._valid(verdict))
-        )
-        counts_QG = valid_QG & ((adv_QG != 0) | (self.cfg.beta > 0))
+        lengths_QG = verdict.lengths_B.reshape(adv_QG.shape)
+        counts_QG = self._in_loss(verdict, adv_QG.shape) & ((adv_QG != 0) | (self.cfg.beta > 0))
         n, shards = self.cfg.minibatches, self.layout.axis_size("prompts")
         return [
             Packing(make_plan(lengths_QG[i::n], counts_QG[i::n], width, self.cfg.pack, shards),
@@ -200,14 +226,20 @@ class Learner:
             ref = self.logps(reference, batch)
         return batch.with_logps(old, ref)
 
-    def facts(self, adv_QG: np.ndarray, step: int, plans: Sequence[Packing] = ()
-              ) -> dict[str, float]:
-        """What is known about a step's batch without the model."""
+    def facts(self, adv_QG: np.ndarray, step: int, plans: Sequence[Packing] = (),
+              verdict: Verdict | None = None) -> dict[str, float]:
+        """What is known about a step's batch without the model.
+
+        `verdict` is needed where `grpo.filter_on` is set: groups filtered are among those without
+        signal, and counted by themselves, too.
+        """
         out = {
             "grpo/learning_rate": float(self.rates[(step + 1) * self.cfg.updates_per_step - 1]),
             "grpo/adv_abs": float(np.abs(adv_QG).mean()),
             "grpo/groups_without_signal": float((adv_QG == 0).all(axis=1).mean()),
         }
+        if self.cfg.filter_on:
+            out["grpo/groups_filtered"] = float(self._filtered(verdict, adv_QG.shape).mean())
         if plans:
             out["grpo/padding"] = 1 - float(np.mean([plan.fill for plan in plans]))
         return out

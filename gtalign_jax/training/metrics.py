@@ -156,11 +156,15 @@ class MetricsWriter:
         for tracker in self._trackers:
             tracker.truncate(stage, step)
 
-    def steps(self, stage: str) -> list[int]:
-        """The steps that `stage` has rows of; none in a process that does not write."""
+    def rows(self, stage: str) -> list[dict[str, Any]]:
+        """What was written about `stage`; nothing in a process that does not write."""
         if self._lines is None:
             return []
-        return [row["step"] for row in read_rows(self._lines.path) if row["stage"] == stage]
+        return [row for row in read_rows(self._lines.path) if row["stage"] == stage]
+
+    def steps(self, stage: str) -> list[int]:
+        """The steps that `stage` has rows of; none in a process that does not write."""
+        return [row["step"] for row in self.rows(stage)]
 
     def flush(self) -> None:
         """What was written is in the files; of TensorBoard's, but for the last moment's."""

@@ -40,6 +40,7 @@ from gtalign_jax.training.compiles import compilations
 from gtalign_jax.training.grpo import GRPOConfig
 from gtalign_jax.training.learner import Learner, host_metrics
 from gtalign_jax.training.metrics import Console, MetricsWriter, PhaseTimer, RolloutLog
+from gtalign_jax.training.panel import Suspicions, panel
 from gtalign_jax.training.sft import ExampleSet, SFTConfig
 from gtalign_jax.training.state import TrainState, make_optimizer, named_key, schedule
 
@@ -181,7 +182,7 @@ def train_grpo(stage: Stage, fresh: Callable[[], TrainState], abstract: TrainSta
         after(done, state)
     learner = Learner.make(model, cfg, layout, collect.layout, filters=collect.filters,
                            dtype=dtype, steps=stage.steps)
-    timer = PhaseTimer(stage.watch)
+    timer, suspicions = PhaseTimer(stage.watch), Suspicions(stage.metrics.rows(stage.name))
     sampling = _Sampling(data, collect, learner, cfg, stage, key)
     if saved is not None and done < stage.steps:
         sampling.restore(saved, done)
@@ -192,7 +193,7 @@ def train_grpo(stage: Stage, fresh: Callable[[], TrainState], abstract: TrainSta
             batch = learner.begin(state, reference, prompts, rollout)  # while the host scores
         with timer("reward", step + 1):
             experience = assessing.result()
-            verdict = experience.verdict()
+            verdict = experience.verdict(cfg.filter_on)
             verdict.check(collect.max_missing)
         with timer("update", step + 1):
             adv_QG = learner.signal(prompts, verdict)
@@ -200,10 +201,12 @@ def train_grpo(stage: Stage, fresh: Callable[[], TrainState], abstract: TrainSta
             batch = learner.scored(batch, verdict, adv_QG)
             state, seen = learner.update(state, reference, batch, plans)
         with timer("log", step + 1):  # while the devices update
-            metrics = learner.facts(adv_QG, step, plans)
+            metrics = learner.facts(adv_QG, step, plans, verdict)
             metrics |= _log(experience, rollouts, step + 1, rollout.tokens_QGT.shape[2])
         with timer("update", step + 1):
             metrics |= host_metrics(seen)
+        for warning in suspicions.add(step + 1, metrics):
+            log.warning("%s", warning)
         spent = timer.take()
         if "rollout/length" in metrics:
             tokens = metrics["rollout/length"] * adv_QG.size
@@ -264,7 +267,7 @@ def _log(experience: Experience, rollouts: RolloutLog, step: int, limit: int) ->
     if whole is None:
         return {}
     rollouts.write(step, log_rows(whole))
-    metrics = summarise(whole)
+    metrics = summarise(whole) | panel(whole)
     _mention_truncation(metrics["rollout/truncated"], limit)
     return metrics
 
