@@ -10,7 +10,8 @@ computation. Rollout's rules cut them over `mesh.tensor` alone, so a chip holds
 
     parameters / mesh.tensor x 2 bytes in bfloat16,
 
-and while it judges, the keys and values of its share of `batch_size` rows.
+and while it judges, the keys and values of its share of `batch_size` rows. The compile command
+counts both.
 
 What it says of a request depends on the request alone, up to rounding: not on what else is asked,
 in which order or by which process. Limits of servers (rates, timeouts, the deadline) mean nothing
@@ -128,24 +129,24 @@ class ModelJudge:
         width = next(width for width in self.widths if width >= len(batch[0]))
         tokens_QS, lengths_Q = pad_right(rows, width)
         index_Q = np.array([_index(ids) for ids in rows], np.int32)
-        is_real_Q = np.arange(size) < len(batch)
-        limit_QG = np.where(is_real_Q, self.config.max_tokens, 1).astype(np.int32)[:, None]
+        limit_QG = np.where(np.arange(size) < len(batch), self.config.max_tokens, 1)[:, None]
         # A template may write the date, and a rubric of a user's own may run into what precedes it.
         common = len(self.prefix)
         known = all(len(ids) > common and ids[:common] == self.prefix for ids in batch)
         sample = self.sample if known else self.sample_any
-        *inputs, limit_QG = share.place((tokens_QS, lengths_Q, index_Q, limit_QG), where)
+        arrays = (tokens_QS, lengths_Q, index_Q, limit_QG.astype(np.int32))
+        *inputs, limit_QG = share.place(arrays, where)
         key = named_key(jax.random.key(0), "judge", 0)
         rollout = sample(self.params, *inputs, key, limit_QG).replace(logp_QGT=None, slots=None)
         at_Q, own = share.fetch(share.place(rollout, where), where)
-        texts = [
+        real_Q = at_Q < len(batch)
+        replies = [
             (decode(self.tokenizer, tokens_T[:length]), bool(stopped))
-            for tokens_T, length, stopped, real in zip(
-                own.tokens_QGT[:, 0], own.lengths_QG[:, 0], own.stopped_QG[:, 0], is_real_Q[at_Q],
+            for tokens_T, length, stopped in zip(
+                *(x[real_Q, 0] for x in (own.tokens_QGT, own.lengths_QG, own.stopped_QG)),
                 strict=True)
-            if real
         ]
-        return share.everywhere(texts, at_Q[is_real_Q[at_Q]], "replies of the judge")
+        return share.everywhere(replies, at_Q[real_Q], "replies of the judge")
 
     def _read(self, request: JudgeRequest, reply: str, stopped: bool) -> Judgement:
         if not stopped:
