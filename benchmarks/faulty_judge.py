@@ -50,16 +50,20 @@ def grade(asked: Asked) -> str:
 
 def train(workdir: Path, server, args: argparse.Namespace) -> None:
     """The demo's cold start, unless it is there, and `steps` steps of GRPO."""
-    settings = {
-        "workdir": workdir, "seed": args.seed, "stages": "('sft','grpo')", "data.test_size": 8,
-        "grpo.steps": args.steps, "checkpoint.every": 25, "judge.kind": "http",
-        "judge.rules": False, "judge.model": "judge-1", "judge.base_url": server.url,
+    run_demo({
+        "workdir": workdir, "seed": args.seed, "grpo.steps": args.steps, "checkpoint.every": 25,
+        "judge.kind": "http", "judge.rules": False, "judge.base_url": server.url,
         "judge.concurrency": args.concurrency, "judge.timeout_s": TIMEOUT_S, "judge.retries": 1,
         "judge.requests_per_minute": args.requests_per_minute,
         # The golden samples may meet a planned failure, as any other request.
         "judge.preflight": False,
-    }
-    words = [f"--config.{key}={value}" for key, value in settings.items()]
+    })
+
+
+def run_demo(settings: dict) -> None:
+    """The demo's training stages in a process of their own, with these settings."""
+    usual = {"stages": "('sft','grpo')", "data.test_size": 8, "judge.model": "judge-1"}
+    words = [f"--config.{key}={value}" for key, value in (usual | settings).items()]
     command = [sys.executable, "-m", "gtalign_jax.main", "--config=configs/demo_cpu.py", *words]
     subprocess.run(command, cwd=ROOT, check=True, stdout=sys.stderr)
 

@@ -18,12 +18,11 @@ import json
 import math
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.faulty_judge import ROOT, grade, rows, serving
+from benchmarks.faulty_judge import grade, rows, run_demo, serving
 
 AHEAD = {"grpo.ahead": 1, "grpo.truncated_is": 2.0}
 WAYS = {"free": {"judge.kind": "rule"}, "after": {}, "beside": {"rollout.micro_batch_prompts": 4},
@@ -31,15 +30,11 @@ WAYS = {"free": {"judge.kind": "rule"}, "after": {}, "beside": {"rollout.micro_b
 
 
 def train(workdir: Path, url: str, args: argparse.Namespace, more: dict) -> None:
-    settings = {
-        "workdir": workdir, "stages": "('sft','grpo')", "data.test_size": 8,
-        "grpo.steps": args.steps, "checkpoint.every": 1000, "judge.kind": "http",
-        "judge.rules": more.get("judge.kind") == "rule", "judge.model": "judge-1",
+    run_demo({
+        "workdir": workdir, "grpo.steps": args.steps, "checkpoint.every": 1000,
+        "judge.kind": "http", "judge.rules": more.get("judge.kind") == "rule",
         "judge.base_url": url, "judge.concurrency": args.concurrency, "judge.store": "none",
-    } | more
-    words = [f"--config.{key}={value}" for key, value in settings.items()]
-    command = [sys.executable, "-m", "gtalign_jax.main", "--config=configs/demo_cpu.py", *words]
-    subprocess.run(command, cwd=ROOT, check=True, stdout=sys.stderr)
+    } | more)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -8,43 +8,56 @@ Opened before anything is compiled; what cannot work is found out then (reward/p
 import contextlib
 import os
 from collections.abc import Sequence
+from typing import Any
 
 from gtalign_jax.config import Config
+from gtalign_jax.model.sharding import Layout
 from gtalign_jax.pod import exchange
 from gtalign_jax.pod.exchange import is_first, process_count, process_index
 from gtalign_jax.reward import preflight, tasks
 from gtalign_jax.reward.judge_config import JudgeConfig
-from gtalign_jax.reward.judges import Judge, JudgeError, make_judge
+from gtalign_jax.reward.judges import Judge, JudgeError, Judgement, JudgeRequest, make_judge
 from gtalign_jax.reward.rules import RULES
 from gtalign_jax.reward.store import JudgementStore, remembering
+from gtalign_jax.training import model_judge
 from gtalign_jax.workdir import local
 
 
-def open_judge(config: Config, sources: Sequence[str]) -> Judge:
+def open_judge(config: Config, sources: Sequence[str], layout: Layout, dtype: Any) -> Judge:
     """The judge that the config names. A collective.
 
     Args:
       sources: the data sources of all prompts that it may be asked about.
+      layout, dtype: for a model on the run's own devices: how it is cut, and what it computes in.
 
-    Raises ValueError for a config that cannot work, JudgeError for a judge that does not.
+    Raises ValueError and the like for a config that cannot work, JudgeError for a judge that does
+    not.
     """
     cfg = config.judge
     if cfg.kind in ("rule", "none"):
         return make_judge(cfg, RULES)
-    mine = cfg.share(process_count())
-    ask = _model(mine)
-    directory = cfg.store or os.path.join(local(config.workdir), "judgements")
-    if cfg.preflight and cfg.mode == "live":
-        _preflight(config, mine, sources)
+    on_devices = cfg.kind == "jax"
+    mine = cfg if on_devices else cfg.share(process_count())
+    ask = _no_model
+    if cfg.mode == "live":
+        ask = model_judge.make(cfg, layout, dtype) if on_devices else _http(mine)
+        if cfg.preflight:
+            _preflight(config, mine, sources, ask)
     if cfg.store != "none":
+        directory = cfg.store or os.path.join(local(config.workdir), "judgements")
         ask = remembering(mine, JudgementStore(directory, process_index()), ask)
     return make_judge(mine, RULES, ask)
 
 
-def _model(cfg: JudgeConfig):
+def _http(cfg: JudgeConfig):
     from gtalign_jax.reward.http_judge import HttpJudge  # the client takes a second to import
 
     return HttpJudge(cfg)
+
+
+def _no_model(requests: Sequence[JudgeRequest], told: Any = None) -> list[Judgement]:
+    """What replays has nobody to ask."""
+    raise AssertionError(f"{len(requests)} requests to a judge that replays")
 
 
 def asked_about(config: Config, sources: Sequence[str]) -> list[tasks.Task]:
@@ -59,12 +72,16 @@ def asked_about(config: Config, sources: Sequence[str]) -> list[tasks.Task]:
     ]
 
 
-def _preflight(config: Config, cfg: JudgeConfig, sources: Sequence[str]) -> None:
+def _preflight(config: Config, cfg: JudgeConfig, sources: Sequence[str], ask: Any) -> None:
     used, consistency = asked_about(config, sources), config.reward.consistency == "judge"
+    if not used and not consistency:
+        return
     problem = None
-    if (used or consistency) and is_first():
-        with contextlib.closing(_model(preflight.patience(cfg))) as ask:
-            problem = preflight.run(cfg, used, consistency, ask, ask.models)
+    if cfg.kind == "jax":  # all processes answer together, and so come to the same end
+        problem = preflight.run(cfg, used, consistency, ask, None)
+    elif is_first():
+        with contextlib.closing(_http(preflight.patience(cfg))) as patient:
+            problem = preflight.run(cfg, used, consistency, patient, patient.models)
     problem = exchange.broadcast(problem, "judge's pre-flight")
     if problem:
         raise JudgeError(f"{problem}. judge.preflight=False skips this check.")

@@ -2,7 +2,7 @@
 
     python -m gtalign_jax.score --input=FILE.jsonl --out=OUT.jsonl \\
         [--welfare=cobb_douglas|linear|user|llm|ces] [--rho=R] [--consistency[=judge|solver]] \\
-        [--judge=rule|http|none --judge_url=URL --judge_model=NAME]
+        [--judge=rule|http|none --judge_url=URL --judge_model=NAME] [--task=MODULE:NAME ...]
 
 A row of the input is an object with `data_source`, `ground_truth` and `completion`; optional are
 `question` or `prompt` (text or chat, shown to the judge), `judge_score` and `pareto_judge_score`
@@ -48,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status: 0, 1 if some lines were bad, 2 if nothing was done."""
     args = _arguments(argv)
     try:
-        cfg = RewardConfig(welfare=args.welfare, rho=args.rho, consistency=args.consistency)
+        cfg = RewardConfig(welfare=args.welfare, rho=args.rho, consistency=args.consistency,
+                           tasks=tuple(args.task))
         judge_cfg = JudgeConfig(
             kind=args.judge, base_url=args.judge_url, model=args.judge_model,
             concurrency=args.judge_concurrency, timeout_s=args.judge_timeout,
@@ -85,6 +86,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--consistency", nargs="?", const="judge", default="none",
         choices=["none", "judge", "solver"], help="weigh whether <analyze> follows the matrix",
     )  # fmt: skip
+    add("--task", action="append", default=[], help="import path of a task of your own")
     add("--judge", default="rule", choices=["rule", "http", "none"])
     add("--judge_url", default="", help="base URL of an OpenAI-compatible server")
     add("--judge_model", default="")
@@ -101,7 +103,7 @@ def _score_lines(
     numbered = [(n, line) for n, line in enumerate(lines, 1) if line.strip()]
     for start in range(0, len(numbered), ROWS_AT_ONCE):
         chunk = numbered[start : start + ROWS_AT_ONCE]
-        read = [_read(line) for _, line in chunk]
+        read = [_read(line, cfg.tasks) for _, line in chunk]
         rows = [row for row, problem in read if problem is None]
         results = iter(_results(rows, judge, cfg))
         for (number, line), (_, problem) in zip(chunk, read, strict=True):
@@ -118,7 +120,7 @@ def _score_lines(
     return counts
 
 
-def _read(line: bytes) -> tuple[dict[str, Any], str | None]:
+def _read(line: bytes, own_tasks: tuple[str, ...]) -> tuple[dict[str, Any], str | None]:
     """(row, what is wrong with it)."""
     row, problem = parse_line(line)
     if problem is not None:
@@ -135,7 +137,7 @@ def _read(line: bytes) -> tuple[dict[str, Any], str | None]:
         if value is not None and not (number_like and abs(value) <= sys.float_info.max):
             return {}, f"field {name!r} must be a finite number or null, not {value!r}"
     try:
-        task_of(row["data_source"])
+        task_of(row["data_source"], own_tasks)
     except ValueError as error:
         return {}, str(error)
     return row, None

@@ -221,6 +221,9 @@ def open_bench(config: Config, watch: Watch, tokenizer_dir: str,
     model = load.model_config(config.model, len(tokenizer))
     check_model_fits(model, mesh)
     limit = config.data.max_prompt_tokens
+    rollout_layout = Layout(mesh, ROLLOUT, config.model.attention)
+    dtype = jnp.dtype(config.model.compute_dtype)
+    sources = [*sources, *(prompt.data_source for prompt in held_out)]
     return Bench(
         config=config,
         model=model,
@@ -228,10 +231,10 @@ def open_bench(config: Config, watch: Watch, tokenizer_dir: str,
         tokenizer_dir=tokenizer_dir,
         stop_ids=find_stop_ids(tokenizer, load.generation_config(config.model)),
         test=PromptSet(held_out, tokenizer, limit) if held_out else None,
-        judge=open_judge(config, [*sources, *(prompt.data_source for prompt in held_out)]),
+        judge=open_judge(config, sources, rollout_layout, dtype),
         train_layout=Layout(mesh, TRAIN, config.model.attention),
-        rollout_layout=Layout(mesh, ROLLOUT, config.model.attention),
-        dtype=jnp.dtype(config.model.compute_dtype),
+        rollout_layout=rollout_layout,
+        dtype=dtype,
         console=Console(enabled=is_first()),
         watch=watch,
     )

@@ -368,10 +368,10 @@ def serving(port: int = 0, **settings: Any) -> Iterator[JudgeServer]:
 
 
 def config(*servers: JudgeServer, **fields: Any) -> JudgeConfig:
-    """A client's config for these servers: eight at a time, three retries, half a second each."""
+    """A client's config for these servers: eight at a time, three retries."""
     urls = ",".join(server.url for server in servers)
     usual = {"kind": "http", "base_url": urls, "model": "judge-1", "concurrency": 8,
-             "timeout_s": 0.5, "retries": 3}
+             "timeout_s": 20.0, "retries": 3}
     return JudgeConfig(**(usual | fields))
 
 

@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pods
 import pytest
+import runs
 
+from gtalign_jax import judging
 from gtalign_jax.data.chat import decode, encode_chats, encode_completion, load_tokenizer
 from gtalign_jax.data.sources import DataConfig, load_prompts
 from gtalign_jax.data.tokenizer import CHAT_TEMPLATE, train_tokenizer
@@ -24,10 +26,11 @@ from gtalign_jax.model.sharding import (
     param_shardings,
 )
 from gtalign_jax.model.spec import ModelConfig, init_params
-from gtalign_jax.reward import prompts
+from gtalign_jax.reward import preflight, prompts
 from gtalign_jax.reward.judge_config import JudgeConfig
-from gtalign_jax.reward.judges import JudgeRequest
+from gtalign_jax.reward.judges import JudgeError, JudgeRequest
 from gtalign_jax.reward.store import JudgementStore, remembering
+from gtalign_jax.reward.tasks import TASKS
 from gtalign_jax.rollout.state import Rollout
 from gtalign_jax.training import model_judge, sft
 from gtalign_jax.training.model_judge import make
@@ -78,7 +81,9 @@ def sizes(folder: Path, **changed) -> ModelConfig:
 
 def teach(folder: Path, cfg: ModelConfig) -> str:
     """A cold start by the project's own code, on the judge's prompts; where the model lies."""
-    tokenizer, examples = load_tokenizer(folder / "tokenizer"), requests("train", 200)
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    golden = preflight.golden([TASKS[name] for name in GRADES], consistency=False)
+    examples = requests("train", 200) + 10 * golden
     asked = encode_chats(tokenizer, map(prompts.messages, examples))
     answers = [[*encode_completion(tokenizer, f"So be it.\n<verdict>{grade(r):g}</verdict>"),
                 tokenizer.eos_token_id] for r in examples]
@@ -387,3 +392,28 @@ def test_processes_with_unequal_numbers_of_requests_share_the_work_and_get_their
     assert [found for found, _ in told] == [
         [replies[:9], [], []], [replies[8:], replies[2:4], []]]
     assert [judged for _, judged in told] == [[12, 2, 0]] * 2  # request 8, of both, is judged once
+
+
+def opened(folder: Path, directory: str, **changed):
+    """The judge of a run in `folder`, over eight devices."""
+    settings = {"judge__kind": "jax", "judge__rules": False, "judge__model": directory,
+                "judge__prompt_tokens": 448, "judge__max_tokens": 16, "judge__batch_size": 8}
+    sources = tuple(GRADES)
+    return judging.open_judge(runs.config(folder, **settings | changed), sources,
+                              layout(data=2, fsdp=2, tensor=2), jnp.float32)
+
+
+@pytest.mark.slow
+def test_a_run_tries_its_judge_asks_it_and_can_be_scored_again_without_it(grader, tmp_path):
+    asked = requests("test", 10)
+    assert [j.score for j in opened(tmp_path, grader)(asked)] == [grade(r) for r in asked]
+    again = opened(tmp_path, "no such directory", judge__mode="replay")
+    assert {j.cause for j in again(asked)} == {"not_stored"}  # another judge's grades
+    again = opened(tmp_path, grader, judge__mode="replay")
+    assert all(j.stored and j.score == grade(r) for j, r in zip(again(asked), asked, strict=True))
+
+
+@pytest.mark.slow
+def test_a_model_that_babbles_is_found_out_before_the_run(babbler, tmp_path):
+    with pytest.raises(JudgeError, match=r"golden sample of 'builtin-\w+' got no grade"):
+        opened(tmp_path, babbler)

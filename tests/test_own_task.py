@@ -1,5 +1,6 @@
 """A task of the user's own, by import path: the page's example, its components, its failures."""
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import runs
 
+from gtalign_jax import score as score_command
 from gtalign_jax.data.prompt import Prompt
 from gtalign_jax.game.chain import KEYS, render
 from gtalign_jax.reward import tasks
@@ -124,3 +126,16 @@ def test_a_run_without_own_tasks_keeps_the_fingerprint_of_older_checkpoints(tmp_
     assert not {"reward.tasks", "judge.top_p", "judge.thinking", "grpo.ahead"} & prints.keys()
     changed = fingerprint(runs.config(tmp_path, judge__top_p=0.5))
     assert changed["judge.top_p"] == 0.5
+
+
+def test_the_score_command_takes_it_too(module, tmp_path):
+    (example,) = re.findall(r"```python\n(# my_tasks.*?)```", PAGE.read_text(), re.S)
+    module("my_tasks", example)
+    row = {"data_source": "haiku", "ground_truth": "",
+           "completion": render("t", MATRIX, "DQ_DA", HAIKU)}
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    rows.write_text(json.dumps(row) + "\n")
+    words = [f"--input={rows}", f"--out={out}"]
+    assert score_command.main(words) == 1  # nobody knows the source
+    assert score_command.main([*words, "--task=my_tasks:HAIKU"]) == 0
+    assert json.loads(out.read_text())["q_user"] == 1.0

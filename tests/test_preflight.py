@@ -1,10 +1,12 @@
 """What a run asks of its judge before anything is compiled."""
 
+import jax.numpy as jnp
 import pytest
 import real
 import runs
 
 from gtalign_jax import judging
+from gtalign_jax.model.sharding import ROLLOUT, Layout, MeshConfig, make_mesh
 from gtalign_jax.reward import preflight, tasks
 from gtalign_jax.reward.judge_config import JudgeConfig
 from gtalign_jax.reward.judges import JudgeError, Judgement, read_verdict, scale_of
@@ -12,6 +14,11 @@ from gtalign_jax.reward.judges import JudgeError, Judgement, read_verdict, scale
 HTTP = {"judge__kind": "http", "judge__rules": False, "judge__model": "m",
         "judge__timeout_s": 5.0, "judge__retries": 0}
 SOURCES = ("builtin-ambiguity", "builtin-writing")
+
+
+def open_judge(config, sources):
+    layout = Layout(make_mesh(MeshConfig()), ROLLOUT)
+    return judging.open_judge(config, sources, layout, jnp.float32)
 
 
 def cfg(**fields):
@@ -58,16 +65,16 @@ def test_it_gives_up_sooner_than_a_run_would():
 def test_a_judge_that_answers_is_worked_with_and_its_golden_grades_are_asked_once(tmp_path):
     with real.serving() as server:
         config = runs.config(tmp_path, **HTTP, judge__base_url=server.url)
-        judge = judging.open_judge(config, SOURCES)
+        judge = open_judge(config, SOURCES)
         assert len(server.asked) == 2  # one for each source
         requests = preflight.golden([tasks.TASKS[s] for s in SOURCES], False)
         assert all(j.score is not None and not j.stored for j in judge(requests))
         asked = len(server.asked)
-        assert all(j.stored for j in judging.open_judge(config, ())(requests))
+        assert all(j.stored for j in open_judge(config, ())(requests))
         assert len(server.asked) == asked
     replay = runs.config(tmp_path, **HTTP, judge__base_url="http://127.0.0.1:9/v1",
                          judge__mode="replay")
-    assert all(j.stored for j in judging.open_judge(replay, SOURCES)(requests))
+    assert all(j.stored for j in open_judge(replay, SOURCES)(requests))
 
 
 @pytest.mark.parametrize("preflight_on", [True, False])
@@ -78,11 +85,11 @@ def test_a_judge_that_is_not_there_ends_it_at_once_unless_it_is_not_to_be_tried(
                          judge__preflight=preflight_on)
     if preflight_on:
         with pytest.raises(JudgeError, match=r"judge.base_url=http://127.0.0.1:9/v1: nobody answ"):
-            judging.open_judge(config, SOURCES)
+            open_judge(config, SOURCES)
     else:
-        assert callable(judging.open_judge(config, SOURCES))
+        assert callable(open_judge(config, SOURCES))
 
 
 def test_a_judge_that_is_not_needed_is_not_asked(tmp_path):
     settings = HTTP | {"judge__rules": True, "judge__base_url": "http://127.0.0.1:9/v1"}
-    assert callable(judging.open_judge(runs.config(tmp_path, **settings), SOURCES))
+    assert callable(open_judge(runs.config(tmp_path, **settings), SOURCES))

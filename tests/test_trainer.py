@@ -338,6 +338,12 @@ def test_metrics_of_several_updates_are_means_over_all_their_tokens():
     assert learner_lib.host_metrics(seen) == pytest.approx({"grpo/kl": 8 / 6, "gap": 3.0})
 
 
+def test_a_mean_over_no_tokens_at_all_is_left_out():
+    nothing, one = Mean(jnp.zeros(()), jnp.zeros(())), Mean(jnp.asarray(0.5), jnp.ones(()))
+    seen = [{"means": {"grpo/entropy": nothing, "grpo/loss": one}, "maxima": {}}] * 2
+    assert learner_lib.host_metrics(seen) == {"grpo/loss": 0.5}
+
+
 class State(NamedTuple):
     updates: int
     params: None = None

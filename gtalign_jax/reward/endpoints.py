@@ -95,8 +95,7 @@ class Endpoint:
             words = self._without_secrets(f"HTTP {error.status_code}: {error.message}")
             raise ValueError(words[:300]) from None
         except Exception as error:  # whatever the client makes of an answer: its words
-            words = self._without_secrets(f"{type(error).__name__}: {error.__cause__ or error}")
-            raise ValueError(words[:300]) from None
+            raise ValueError(self._without_secrets(_why(error))[:300]) from None
 
     async def attempt(self, request: JudgeRequest) -> Attempt:
         """Asks once."""
@@ -132,7 +131,7 @@ class Endpoint:
         except openai.APITimeoutError as error:
             return self._failed("timeout", f"{type(error).__name__}: {error}")
         except openai.APIConnectionError as error:
-            return self._failed("connection", f"{type(error).__name__}: {error.__cause__ or error}")
+            return self._failed("connection", _why(error))
         except (openai.OpenAIError, ValueError, TypeError, RecursionError) as error:  # no answer
             return self._failed("unreadable", f"unreadable answer: {type(error).__name__}: {error}")
         return self._read(answer, request)
@@ -231,6 +230,12 @@ def choose(endpoints: Collection[Endpoint], tried: Collection[Endpoint] = ()) ->
     """The endpoint to ask next: one that is sound, may be asked soonest, was not `tried`, and has
     the least to do, in this order."""
     return min(endpoints, key=lambda e: (e.is_suspect(), e.rest_s(), e in tried, e.in_flight))
+
+
+def _why(error: Exception) -> str:
+    """The words of what lies behind an error, which may have none but its name."""
+    cause = error.__cause__ or error
+    return f"{type(cause).__name__}: {cause}"
 
 
 def _first_choice(answer: Any) -> Choice | None:

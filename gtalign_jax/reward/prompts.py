@@ -6,8 +6,8 @@ The completion is written by the policy that the grade will train, so it is data
   nor contain a verdict, and a judge that quotes it quotes no verdict;
 - characters that look like these brackets are spelt out as [U+XXXX], as are those that cannot be
   seen (zero width, direction, control): what is shown is what is there;
-- so is the bracket that would begin [U+XXXX] or a special token of some chat templates ([INST],
-  [|user|]), those of the form <|im_end|> having lost their brackets already.
+- so is what would begin [U+XXXX] or a special token of some chat templates ([INST], [|user|],
+  ]~b]), those of the form <|im_end|> having lost their brackets already.
 
 All of this can be undone, character by character: what a judge sees stands for one text only.
 
@@ -109,14 +109,14 @@ def _encoded(text: str) -> str:
 
 _SPELT_OUT = re.compile(
     r"[^\x20-\x7e\n\t]"
-    r"|\[(?=U\+[0-9A-F]{4,6}\]|/?[a-z]?[A-Z_]{2,40}\]|\||[a-z]?~)"
-    r"|\](?=~)"
+    r"|\[(?=U\+[0-9A-F]{4,6}\]|/?[a-z]?[A-Z_]{2,40}\]|\||[a-z]~)"
+    r"|~(?=!?b[\[\]])"  # of ]~b], the ] may be the end of a character that is spelt out
 )
 
 
 @functools.lru_cache(maxsize=65_536)  # a Chinese text has thousands, the same ones again and again
 def _shown(character: str) -> str:
-    if character in "[]" or _is_hidden(character) or _is_mistaken(character):
+    if character in "[~" or _is_hidden(character) or _is_mistaken(character):
         return f"[U+{ord(character):04X}]"
     return character
 

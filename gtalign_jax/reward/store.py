@@ -45,7 +45,7 @@ class JudgementStore:
         self._lock = threading.Lock()
         self._places: dict[bytes, tuple[Path, int]] = {}  # a hash -> where its line begins
         self._file: Path | None = None
-        for path in sorted(self._directory.glob("*.jsonl")):
+        for path in sorted(filter(Path.is_file, self._directory.glob("*.jsonl"))):
             for at, row in _rows(path):
                 self._places[bytes.fromhex(row["key"])] = (path, at)
 
@@ -83,6 +83,8 @@ class JudgementStore:
             try:
                 at = os.fstat(handle).st_size
                 written = os.write(handle, line)
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, str(self._file)) from error
             finally:
                 os.close(handle)
             if written < len(line):

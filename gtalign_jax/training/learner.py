@@ -34,12 +34,16 @@ from gtalign_jax.training.state import TrainState, make_optimizer, schedule
 
 
 def host_metrics(seen: list[dict[str, dict[str, Any]]]) -> dict[str, float]:
-    """The metrics of a step's updates: means over all their tokens, maxima over all updates."""
+    """The metrics of a step's updates: means over all their tokens, maxima over all updates.
+
+    A mean over nothing is left out: where all groups are filtered, an entropy of 0 would be untrue.
+    """
     seen = jax.device_get(seen)
     out = {}
     for name in seen[0]["means"]:
-        means = [s["means"][name] for s in seen]
-        out[name] = float(functools.reduce(Mean.merge, means).divide())
+        whole = functools.reduce(Mean.merge, [s["means"][name] for s in seen])
+        if whole.count:
+            out[name] = float(whole.divide())
     for name in seen[0]["maxima"]:
         out[name] = float(max(s["maxima"][name] for s in seen))
     return out
