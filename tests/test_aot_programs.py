@@ -12,8 +12,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from gtalign_jax import run as run_lib
 from gtalign_jax import session as session_lib
 from gtalign_jax.aot.programs import bytes_per_chip, programs
-from gtalign_jax.model.load import model_sizes
+from gtalign_jax.model.load import ModelSource, model_sizes
 from gtalign_jax.model.sharding import MeshConfig, make_mesh
+from gtalign_jax.model.spec import num_params
 from gtalign_jax.training import collect, grpo, learner, sft
 
 # Wide enough for weights to outweigh what nobody counts (keys, advantages, a step's tokens).
@@ -86,6 +87,47 @@ def test_a_run_that_packs_its_completions_has_the_programs_of_bins(tmp_path):
         assert (packed[name].resident["whole batch"]
                 == bytes_per_chip(padded["old logp"].arguments[1]))
     assert "while" in packed["update"].lower().as_text()
+
+
+JUDGE = {"judge__kind": "jax", "judge__model": "Qwen/Qwen2.5-0.5B", "judge__batch_size": 8,
+         "judge__prompt_tokens": 512, "judge__max_tokens": 64}
+
+
+def test_a_judge_on_the_same_devices_has_programs_and_lies_beside_all_others(tmp_path):
+    """Its weights are in bfloat16 and cut in two, but for norms and biases, which are small."""
+    plain = by_name(runs.config(tmp_path, **WIDE))
+    both = by_name(runs.config(tmp_path, **WIDE, **JUDGE))
+    assert list(both) == [*plain, "judge prefill", "judge decode"]
+    prefill, decode = both["judge prefill"], both["judge decode"]
+    params, tokens_QS, lengths_Q = prefill.arguments
+    assert tokens_QS.shape == (8, 512) and params.embed_VD.dtype == jnp.bfloat16
+    half = num_params(model_sizes(ModelSource(path="Qwen/Qwen2.5-0.5B"))) * 2 / 2
+    assert bytes_per_chip(params) == pytest.approx(half, rel=0.01)
+    for name, program in plain.items():
+        beside = {} if program.where == "host" else {"judge": bytes_per_chip(params)}
+        assert both[name].resident == {**program.resident, **beside}
+        assert both[name].calls == program.calls
+    # 16 x 2 completions, each to be judged once, at most.
+    assert (prefill.calls, decode.calls, decode.loop_steps) == (4, 4, 64)
+    assert set(prefill.resident) == set(decode.resident) == {"state", "reference", "batch"}
+    within = by_name(runs.config(tmp_path, **WIDE, **JUDGE, evaluate__every_steps=1))
+    copy = within["judge decode"].resident["rollout's copy"]
+    assert copy == bytes_per_chip(plain["decode"].arguments[0])
+    alone = by_name(runs.config(tmp_path, **WIDE, **JUDGE, stages=("evaluate",)))
+    assert set(alone["judge decode"].resident) == {"policy", "rollout's copy"}
+    assert alone["judge decode"].calls == 0
+    assert "while" in decode.lower().as_text()
+
+
+@pytest.mark.parametrize("changed, message", [
+    ({"judge__batch_size": 6}, "judge.batch_size=6 must be a multiple of 4"),
+    ({"judge__model": "/no/such"}, "judge.model='/no/such'"),
+    ({"mesh__tensor": 4, "mesh__fsdp": 2, "model__num_kv_heads": 4},
+     "judge.model='Qwen/Qwen2.5-0.5B': mesh.tensor=4 does not divide"),
+])
+def test_a_judge_that_cannot_work_is_named(tmp_path, changed, message):
+    with pytest.raises(ValueError, match=message):
+        by_name(runs.config(tmp_path, **{**WIDE, **JUDGE, **changed}))
 
 
 @pytest.mark.slow

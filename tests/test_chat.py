@@ -43,6 +43,14 @@ def test_many_chats_encode_as_each_one(small):
     assert chat.encode_chats(small, []) == []
 
 
+def test_what_a_template_asks_for_is_given_to_it(small):
+    small.chat_template += "{% if enable_thinking is false %}<think></think>{% endif %}"
+    quiet = {"enable_thinking": False}
+    text = chat.render_chat(small, TURNS, quiet)
+    assert text == chat.render_chat(small, TURNS) + "<think></think>"
+    assert small.decode(chat.encode_chats(small, [TURNS], quiet)[0]) == text
+
+
 def test_a_string_prompt_raises(small):
     with pytest.raises(TypeError, match="exactly once"):
         chat.encode_chat(small, "<|im_start|>user\nWhy?<|im_end|>\n")

@@ -120,6 +120,15 @@ def test_each_program_is_cut_by_its_own_key(name, expected):
     )
 
 
+def test_a_judge_that_takes_too_much_is_cut_by_its_own_keys():
+    config = small()
+    found = dataclasses.replace(row("judge decode", arguments=20, temporaries=35), stage="judge")
+    advice = knobs.advice(found, config, model_sizes(config.model), describe("v4-8"))
+    for key in ("batch_size below 64", "prompt_tokens below 4096", "max_tokens below 1024"):
+        assert f"judge.{key}" in advice
+    assert not [words for words in advice if "rollout." in words or "grpo." in words]
+
+
 def test_a_steps_time_is_the_sum_of_its_calls_and_mfu_counts_no_recomputation():
     """Two decodes of 3 s and one update of 4 s; the chips could do 275 TFLOPs each in a second."""
     times = lambda s: Times(s, 0.0, 0.0, 0.0, s)  # noqa: E731

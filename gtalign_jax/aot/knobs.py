@@ -116,6 +116,9 @@ def _smaller(row: Row, config: Config, model: ModelConfig, topology: Topology) -
 def _shorter(row: Row, config: Config) -> Iterator[str]:
     if row.name == "sft update":
         yield f"sft.max_completion_tokens below {config.sft.max_completion_tokens}"
+    elif row.stage == "judge":
+        for key in ("batch_size", "prompt_tokens", "max_tokens"):
+            yield f"judge.{key} below {getattr(config.judge, key)}"
     elif row.name in MICRO_BATCH and not row.name.endswith("prefill"):
         yield f"rollout.max_new_tokens below {config.rollout.max_new_tokens}"
     elif row.name in MICRO_BATCH:

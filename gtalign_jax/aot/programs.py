@@ -27,10 +27,12 @@ from gtalign_jax.aot.roofline import Work
 from gtalign_jax.config import Config
 from gtalign_jax.data.batches import WIDTH_MULTIPLE
 from gtalign_jax.model import load
+from gtalign_jax.model.load import ModelSource
 from gtalign_jax.model.sharding import ROLLOUT, TRAIN, Layout, param_shardings, placed
 from gtalign_jax.model.spec import ModelConfig, Params, abstract_params
 from gtalign_jax.reward import scoring
 from gtalign_jax.rollout.sampler import Sampler, make_sampler
+from gtalign_jax.training import model_judge
 from gtalign_jax.training import sft as sft_lib
 from gtalign_jax.training.grpo import Batch
 from gtalign_jax.training.learner import Learner, make_reshard
@@ -52,7 +54,7 @@ STOP_IDS = (0,)  # any will do: they are constants of the decode loop
 class Program:
     """One program of a run.
 
-    stage: "start", "sft", "grpo" or "evaluate". where: "chip", or "host" for the reward's.
+    stage: "start", "sft", "grpo", "evaluate" or "judge". where: "chip", or "host" for the reward's.
     calls: per GRPO step; 0 for a program that is no part of a step.
     arguments: what it is called with, abstract. lower: makes the program for the mesh, not yet
       compiled.
@@ -166,7 +168,7 @@ def programs(config: Config, model: ModelConfig, mesh: Mesh) -> list[Program]:
         out += _evaluate(run)
     if "grpo" in config.stages:
         out += _grpo(run)
-    return out
+    return _with_judge(run, out) if config.judge.kind == "jax" else out
 
 
 def _program(name: str, stage: str, calls: int, function: Callable, arguments: tuple,
@@ -267,6 +269,41 @@ def _grpo(run: _Run) -> list[Program]:
         *_rewards(run, Q * G // run.hosts),
         *_learning(run, learner, state),
     ]
+
+
+def _with_judge(run: _Run, others: list[Program]) -> list[Program]:
+    """The judge's programs, and its weights beside all others: they stay on the devices.
+
+    Calls per step if every completion goes to it; fewer where rules or algebra judge.
+    """
+    config, cfg, grpo = run.config, run.config.judge, run.config.grpo
+    model_judge.check_settings(cfg, run.rollout)
+    try:
+        sizes = load.model_sizes(ModelSource(path=cfg.model))
+        model = model_judge.fitted(sizes, run.rollout)
+    except ValueError as error:
+        raise ValueError(f"judge.model={cfg.model!r}: {error}") from error
+    rollout = model_judge.settings(cfg)
+    data = dataclasses.replace(config.data, max_prompt_tokens=cfg.prompt_tokens)
+    judge = _Run(dataclasses.replace(config, data=data, rollout=rollout), model, run.mesh)
+    weights = {"judge": bytes_per_chip(judge.sampling)}
+    out = [p if p.where == "host" else
+           dataclasses.replace(p, resident={**p.resident, **weights}) for p in others]
+    situations, calls = [], 0
+    if "evaluate" in config.stages:
+        situations.append({"policy": run.policy, "rollout's copy": run.sampling})
+    if "grpo" in config.stages:
+        asked = grpo.prompts_per_step * grpo.samples_per_prompt
+        calls = -(-asked * (1 + (config.reward.consistency == "judge")) // cfg.batch_size)
+        situations.append({"state": run.state(grpo, run.updates), "reference": run.reference,
+                           "batch": _batch(run, grpo.prompts_per_step)})
+        if "evaluate" in config.stages and config.evaluate.every_steps:
+            situations[1]["rollout's copy"] = run.sampling
+    if not situations:
+        return out
+    held = max(map(_sizes, situations), key=lambda held: sum(held.values()))
+    sampler = make_sampler(model, rollout, 1, STOP_IDS, run.rollout)
+    return out + _sampling(judge, sampler, "judge", (cfg.batch_size, 1), calls, held)
 
 
 def _batch(run: _Run, Q: int) -> Batch:

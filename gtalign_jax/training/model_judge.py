@@ -10,7 +10,8 @@ computation. Rollout's rules cut them over `mesh.tensor` alone, so a chip holds
 
     parameters / mesh.tensor x 2 bytes in bfloat16,
 
-and while it judges, the keys and values of its share of `batch_size` rows.
+and while it judges, the keys and values of its share of `batch_size` rows. The compile command
+counts both.
 
 What it says of a request depends on the request alone, up to rounding: not on what else is asked,
 in which order or by which process. Limits of servers (rates, timeouts, the deadline) mean nothing
@@ -128,24 +129,24 @@ class ModelJudge:
         width = next(width for width in self.widths if width >= len(batch[0]))
         tokens_QS, lengths_Q = pad_right(rows, width)
         index_Q = np.array([_index(ids) for ids in rows], np.int32)
-        is_real_Q = np.arange(size) < len(batch)
-        limit_QG = np.where(is_real_Q, self.config.max_tokens, 1).astype(np.int32)[:, None]
+        limit_QG = np.where(np.arange(size) < len(batch), self.config.max_tokens, 1)[:, None]
         # A template may write the date, and a rubric of a user's own may run into what precedes it.
         common = len(self.prefix)
         known = all(len(ids) > common and ids[:common] == self.prefix for ids in batch)
         sample = self.sample if known else self.sample_any
-        *inputs, limit_QG = share.place((tokens_QS, lengths_Q, index_Q, limit_QG), where)
+        arrays = (tokens_QS, lengths_Q, index_Q, limit_QG.astype(np.int32))
+        *inputs, limit_QG = share.place(arrays, where)
         key = named_key(jax.random.key(0), "judge", 0)
         rollout = sample(self.params, *inputs, key, limit_QG).replace(logp_QGT=None, slots=None)
         at_Q, own = share.fetch(share.place(rollout, where), where)
-        texts = [
+        real_Q = at_Q < len(batch)
+        replies = [
             (decode(self.tokenizer, tokens_T[:length]), bool(stopped))
-            for tokens_T, length, stopped, real in zip(
-                own.tokens_QGT[:, 0], own.lengths_QG[:, 0], own.stopped_QG[:, 0], is_real_Q[at_Q],
+            for tokens_T, length, stopped in zip(
+                *(x[real_Q, 0] for x in (own.tokens_QGT, own.lengths_QG, own.stopped_QG)),
                 strict=True)
-            if real
         ]
-        return share.everywhere(texts, at_Q[is_real_Q[at_Q]], "replies of the judge")
+        return share.everywhere(replies, at_Q[real_Q], "replies of the judge")
 
     def _read(self, request: JudgeRequest, reply: str, stopped: bool) -> Judgement:
         if not stopped:
@@ -164,30 +165,40 @@ def make(cfg: JudgeConfig, layout: Layout, dtype: Any) -> ModelJudge:
       ValueError: no such model, one that does not fit the mesh or the settings, or a tokenizer that
         cannot ask it: named by key, value and what is allowed. Nothing is compiled until then.
     """
-    _check_settings(cfg, layout)
+    check_settings(cfg, layout)
     directory = load.resolve(cfg.model, "judge.model")
     named = f"judge.model={cfg.model!r}"
     if not (Path(directory) / "config.json").is_file():
         raise ValueError(f"{named} has no config.json; allowed: {load.ALLOWED}")
     try:
         tokenizer = load_tokenizer(directory)
-        model = load_config(directory)
-        model = dataclasses.replace(model, vocab_multiple=layout.axis_size("vocab"))
-        check_model_fits(model, layout.mesh)
+        model = fitted(load_config(directory), layout)
         stops = stop_ids(tokenizer, load.generation_config(load.ModelSource(path=directory)))
         prefix = _check_asking(cfg, model, tokenizer, stops)
         params = load_params(directory, model, layout, dtype)
     except (ValueError, OSError) as error:
         raise ValueError(f"{named}: {error}") from error
-    sampler = SamplerConfig(cfg.max_tokens, cfg.temperature, top_p=cfg.top_p)
     return ModelJudge(
         config=cfg, params=params, tokenizer=tokenizer, layout=layout, prefix=prefix,
-        sample=make_sampler(model, sampler, 1, stops, layout, len(prefix)),
-        sample_any=make_sampler(model, sampler, 1, stops, layout),
+        sample=make_sampler(model, settings(cfg), 1, stops, layout, len(prefix)),
+        sample_any=make_sampler(model, settings(cfg), 1, stops, layout),
     )
 
 
-def _check_settings(cfg: JudgeConfig, layout: Layout) -> None:
+def settings(cfg: JudgeConfig) -> SamplerConfig:
+    """How its replies are drawn."""
+    return SamplerConfig(cfg.max_tokens, cfg.temperature, top_p=cfg.top_p)
+
+
+def fitted(model: ModelConfig, layout: Layout) -> ModelConfig:
+    """The sizes with a vocabulary that the mesh divides. Raises ValueError where it does not divide
+    the rest."""
+    model = dataclasses.replace(model, vocab_multiple=layout.axis_size("vocab"))
+    check_model_fits(model, layout.mesh)
+    return model
+
+
+def check_settings(cfg: JudgeConfig, layout: Layout) -> None:
     """Raises ValueError for settings that fit a server, but not this judge."""
     shards = layout.axis_size("prompts")
     if cfg.batch_size % shards:
