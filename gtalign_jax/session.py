@@ -81,8 +81,7 @@ SFT_KEYS = ("seed", "model.", "data.", "sft.", "identity")  # what a cold start 
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """What it takes to let a policy answer prompts and to score it. Writes nothing but what a
-    judge said."""
+    """What it takes to let a policy answer prompts and to score it. Writes what a judge said."""
 
     config: Config
     model: ModelConfig
@@ -220,7 +219,6 @@ def open_bench(config: Config, watch: Watch, tokenizer_dir: str,
     tokenizer = load_tokenizer(tokenizer_dir)
     model = load.model_config(config.model, len(tokenizer))
     check_model_fits(model, mesh)
-    limit = config.data.max_prompt_tokens
     rollout_layout = Layout(mesh, ROLLOUT, config.model.attention)
     dtype = jnp.dtype(config.model.compute_dtype)
     sources = [*sources, *(prompt.data_source for prompt in held_out)]
@@ -230,7 +228,7 @@ def open_bench(config: Config, watch: Watch, tokenizer_dir: str,
         tokenizer=tokenizer,
         tokenizer_dir=tokenizer_dir,
         stop_ids=find_stop_ids(tokenizer, load.generation_config(config.model)),
-        test=PromptSet(held_out, tokenizer, limit) if held_out else None,
+        test=PromptSet(held_out, tokenizer, config.data.max_prompt_tokens) if held_out else None,
         judge=open_judge(config, sources, rollout_layout, dtype),
         train_layout=Layout(mesh, TRAIN, config.model.attention),
         rollout_layout=rollout_layout,
@@ -247,7 +245,7 @@ def open_session(config: Config, watch: Watch, notice: Notice) -> Session:
     keep_programs(f"{config.workdir}/compiled")
     trains = any(stage in config.stages for stage in export.TRAINING_STAGES)
     prompts = training_prompts(config) if trains else []
-    sources = sorted({prompt.data_source for prompt in prompts})
+    sources = [prompt.data_source for prompt in prompts]
     bench = open_bench(config, watch, _tokenizer(config, prompts, files), sources)
     train = PromptSet(prompts, bench.tokenizer, config.data.max_prompt_tokens) if trains else None
     identity = _identity(config, bench.model, bench.tokenizer, prompts)

@@ -74,11 +74,14 @@ class JudgeConfig:
         for name in needed.get(self.kind, ()):
             if not getattr(self, name).strip(" ,"):
                 raise ValueError(f"judge.{name} is empty; judge.kind={self.kind!r} needs it")
+        if any("?" in url for url in self.urls):  # it would be logged, and may hold a key
+            raise ValueError("judge.base_url has a query (?…); allowed: scheme, host and path; a "
+                             "key comes from the environment (judge.api_key_env)")
         for name in ("concurrency", "max_tokens", "prompt_tokens", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"judge.{name}={getattr(self, name)} must be >= 1")
         for name in ("retries", "requests_per_minute", "tokens_per_minute", "temperature"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:  # NaN, too
                 raise ValueError(f"judge.{name}={getattr(self, name)} must be >= 0")
         for name in ("timeout_s", "deadline_s"):
             if not getattr(self, name) > 0:
@@ -110,9 +113,12 @@ class JudgeConfig:
             more = None
         if not isinstance(more, dict):
             raise ValueError(f"judge.extra_body={self.extra_body!r} is no JSON object")
+        template = more.get("chat_template_kwargs", {})
+        if not isinstance(template, dict):
+            raise ValueError(f"judge.extra_body={self.extra_body!r}: chat_template_kwargs must be "
+                             "an object")
         if self.thinking != "default":
-            template = {"enable_thinking": self.thinking == "on"}
-            more["chat_template_kwargs"] = more.get("chat_template_kwargs", {}) | template
+            more["chat_template_kwargs"] = template | {"enable_thinking": self.thinking == "on"}
         if self.reasoning_effort:
             more["reasoning_effort"] = self.reasoning_effort
         return more

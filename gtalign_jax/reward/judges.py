@@ -110,8 +110,8 @@ def read_verdict(reply: str, scale: tuple[float, float], grades: tuple[float, ..
     `grades`, where the task has fixed ones): a judge that does not keep to its scale is not
     understood, and half-understood scores must not train anything.
     """
-    _, closed, said = reply.rpartition("</think>")
-    if not closed and reply.lstrip().startswith("<think>"):
+    said = reply.rpartition("</think>")[2]
+    if "<think>" in said:
         return missing("truncated", "the reply ends before </think>", reply)
     verdicts = _VERDICT.findall(said)
     if not verdicts:

@@ -13,7 +13,8 @@ from gtalign_jax.reward import tasks
 from gtalign_jax.reward.judge_config import JudgeConfig
 from gtalign_jax.reward.judges import Judgement, JudgeRequest, scale_of
 
-MAX_TIMEOUT_S = 60.0
+MAX_TIMEOUT_S = 30.0
+RETRIES = 2  # a server that has a name of its own for the model is believed at the third time
 MAX_SHOWN = 10  # models named in an error
 
 log = logging.getLogger(__name__)
@@ -22,8 +23,8 @@ log = logging.getLogger(__name__)
 def patience(cfg: JudgeConfig) -> JudgeConfig:
     """The same judge, given up on sooner."""
     timeout_s = min(cfg.timeout_s, MAX_TIMEOUT_S)
-    return dataclasses.replace(cfg, timeout_s=timeout_s, retries=min(cfg.retries, 1),
-                               deadline_s=min(cfg.deadline_s, 2.5 * timeout_s))
+    return dataclasses.replace(cfg, timeout_s=timeout_s, retries=RETRIES,
+                               deadline_s=min(cfg.deadline_s, 2 * timeout_s))
 
 
 def check_models(cfg: JudgeConfig, models: Mapping[str, Sequence[str] | str]) -> str | None:
