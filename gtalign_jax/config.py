@@ -30,6 +30,7 @@ from gtalign_jax.reward.factors import NAMES as FACTORS
 from gtalign_jax.reward.judge_config import JudgeConfig
 from gtalign_jax.reward.normalizers import NORMALIZERS
 from gtalign_jax.reward.scoring import RewardConfig
+from gtalign_jax.reward.tasks import component_names
 from gtalign_jax.rollout.sampler import SamplerConfig
 from gtalign_jax.training.checkpoint import CheckpointConfig, flatten
 from gtalign_jax.training.grpo import GRPOConfig
@@ -161,7 +162,9 @@ def check(config: Config, device_count: int, slices: int = 1, device: str = "cpu
             f"{config.reward.reasoning!r}: what is asked for and what is rewarded must be the same"
         )
     if "grpo" in config.stages:
-        problems += _grpo_problems(config.grpo, shards) or _rollout_problems(config, shards)
+        components = component_names(config.reward.tasks)
+        problems += (_grpo_problems(config.grpo, shards, components)
+                     or _rollout_problems(config, shards))
         if config.grpo.pack and is_flash(config.model.attention, device):
             problems.append(
                 f"grpo.pack={config.grpo.pack}, model.attention={config.model.attention!r}: the "
@@ -193,7 +196,7 @@ def _too_small(section: str, part: GRPOConfig | SFTConfig, keys: Sequence[str]) 
     ]
 
 
-def _grpo_problems(grpo: GRPOConfig, shards: int) -> list[str]:
+def _grpo_problems(grpo: GRPOConfig, shards: int, components: Sequence[str]) -> list[str]:
     problems = _too_small(
         "grpo", grpo, ("steps", "prompts_per_step", "minibatches", "epochs", "logit_chunk")
     )
@@ -201,10 +204,9 @@ def _grpo_problems(grpo: GRPOConfig, shards: int) -> list[str]:
         problems.append(
             f"grpo.normalizer={grpo.normalizer!r}: expected one of {tuple(NORMALIZERS)}"
         )
-    if grpo.filter_on and grpo.filter_on not in FACTORS:
-        problems.append(
-            f"grpo.filter_on={grpo.filter_on!r}: expected '' (off) or one of {FACTORS}"
-        )
+    named = FACTORS + tuple(components)
+    if grpo.filter_on and grpo.filter_on not in named:
+        problems.append(f"grpo.filter_on={grpo.filter_on!r}: expected '' (off) or one of {named}")
     if grpo.samples_per_prompt < 2:
         problems.append(
             f"grpo.samples_per_prompt={grpo.samples_per_prompt}: must be >= 2, a completion is "

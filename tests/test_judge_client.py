@@ -249,6 +249,17 @@ def test_a_server_that_dies_is_left_out_and_comes_back(monkeypatch, quick):
                 assert len(reborn.asked) - before >= 5, "it takes its share again"
 
 
+def test_a_server_that_is_soon_to_be_asked_again_is_better_than_a_dead_one(monkeypatch, quick):
+    monkeypatch.setattr(endpoints, "SUSPECT_S", 30.0)
+    with serving() as good, serving() as dead, asking(good, dead) as ask:
+        dead.stop()
+        assert {j.score for j in ask(crowd(12))} == {1.0}
+        (found,) = ask([request("rate_limit once")])
+    refused, answered = good.asked[-2:]
+    assert (found.score, found.attempts) == (1.0, 2), "no attempt is thrown away"
+    assert answered.at - refused.at >= 0.95
+
+
 def test_one_attempt_at_a_time_finds_out_whether_a_hanging_server_works_again(monkeypatch, quick):
     monkeypatch.setattr(endpoints, "SUSPECT_S", 0.05)
     monkeypatch.setattr(endpoints, "MAX_SUSPECT_S", 0.05)

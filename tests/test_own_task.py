@@ -10,6 +10,7 @@ import pytest
 import runs
 
 from gtalign_jax import score as score_command
+from gtalign_jax.config import ConfigError, check, fingerprint
 from gtalign_jax.data.prompt import Prompt
 from gtalign_jax.game.chain import KEYS, render
 from gtalign_jax.reward import tasks
@@ -120,7 +121,7 @@ def test_a_source_of_an_own_task_is_known_and_one_of_nobody_is_refused_by_name(m
 
 
 def test_a_run_without_own_tasks_keeps_the_fingerprint_of_older_checkpoints(tmp_path):
-    from gtalign_jax.config import fingerprint
+
 
     prints = fingerprint(runs.config(tmp_path))
     assert not {"reward.tasks", "judge.top_p", "judge.thinking", "grpo.ahead"} & prints.keys()
@@ -139,3 +140,12 @@ def test_the_score_command_takes_it_too(module, tmp_path):
     assert score_command.main(words) == 1  # nobody knows the source
     assert score_command.main([*words, "--task=my_tasks:HAIKU"]) == 0
     assert json.loads(out.read_text())["q_user"] == 1.0
+
+
+def test_groups_may_be_filtered_on_a_component_that_a_task_declares(module, tmp_path):
+    (example,) = re.findall(r"```python\n(# my_tasks.*?)```", PAGE.read_text(), re.S)
+    module("my_tasks", example)
+    own = {"reward__tasks": ("my_tasks:HAIKU",)}
+    check(runs.config(tmp_path, grpo__filter_on="brief", **own), 1)
+    with pytest.raises(ConfigError, match="filter_on='long': expected .*'three_lines', 'brief'"):
+        check(runs.config(tmp_path, grpo__filter_on="long", **own), 1)

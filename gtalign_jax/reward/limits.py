@@ -1,7 +1,7 @@
 """At most so many requests and tokens in any minute: the rate limits of a judge's servers.
 
-A window that slides: what was sent counts for 60 s. A bucket that fills up again would let twice
-the rate through in the minute after a pause.
+A window that slides: what was sent counts for a minute. A bucket that fills up again would let
+twice the rate through in the minute after a pause.
 """
 
 import asyncio

@@ -21,8 +21,6 @@ one larger; judgements in a store are found by prompt and version.
 """
 
 import bisect
-import functools
-import html
 import re
 import unicodedata
 from collections.abc import Callable
@@ -104,21 +102,32 @@ def _most(room: int, part: Callable[[int], str]) -> int:
 
 
 def _encoded(text: str) -> str:
-    return html.escape(_SPELT_OUT.sub(lambda match: _shown(match[0]), text), quote=False)
+    return _BEGINNING.sub(lambda found: _spelt(ord(found[0])), text).translate(_SHOWN)
 
 
-_SPELT_OUT = re.compile(
-    r"[^\x20-\x7e\n\t]"
-    r"|\[(?=U\+[0-9A-F]{4,6}\]|/?[a-z]?[A-Z_]{2,40}\]|\||[a-z]~)"
-    r"|~(?=!?b[\[\]])"  # of ]~b], the ] may be the end of a character that is spelt out
+# What begins a special token in brackets, or our own way to spell characters. Of ]~b], the first ]
+# may be the end of a character that is spelt out: it is the ~ that goes.
+_BEGINNING = re.compile(
+    r"\[(?=U\+[0-9A-F]{4,6}\]|/?[a-z]?[A-Z_]{2,40}\]|\||[a-z]~)|~(?=!?b[\[\]])"
 )
 
 
-@functools.lru_cache(maxsize=65_536)  # a Chinese text has thousands, the same ones again and again
-def _shown(character: str) -> str:
-    if character in "[~" or _is_hidden(character) or _is_mistaken(character):
-        return f"[U+{ord(character):04X}]"
-    return character
+class _Shown(dict[int, str]):
+    """By the number of a character: what is shown of it. Filled as they come; there are thousands
+    in a Chinese text, and they are the same ones again and again."""
+
+    def __missing__(self, code: int) -> str:
+        plain = chr(code)
+        self[code] = _spelt(code) if _is_hidden(plain) or _is_mistaken(plain) else plain
+        return self[code]
+
+
+_SHOWN = _Shown({ord(plain): plain for plain in "\n\t"} | str.maketrans(
+    {"<": "&lt;", ">": "&gt;", "&": "&amp;"}))
+
+
+def _spelt(code: int) -> str:
+    return f"[U+{code:04X}]"
 
 
 def _is_hidden(character: str) -> bool:

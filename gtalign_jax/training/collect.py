@@ -72,9 +72,10 @@ class Experience:
     def verdict(self, filter_on: str = "") -> "Verdict":
         """What every process needs of the whole batch's scores. A collective.
 
-        `filter_on`: the factor that is to be in it (a key of `scores.factors`); "" for none.
+        `filter_on`: the factor, or component of a task, that is to be in it; "" for none.
         """
-        values_B = self.scores.factors[filter_on] if filter_on else None
+        named = self.scores.factors | self.scores.components
+        values_B = named[filter_on] if filter_on else None
         problem_B = tuple(map(_problem, self.scores.judgements, self.scores.consistency_judgements))
         own = Verdict(self.scores.reward_B, self.scores.valid_B, self.stopped_B, self.lengths_B,
                       values_B, problem_B)

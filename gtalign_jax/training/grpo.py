@@ -77,11 +77,12 @@ class GRPOConfig(OptimizerConfig):
     ahead: int = 0  # 1: a step's completions are sampled before the update of the step before
     truncated_is: float = 0.0  # cap of exp(trainer logp - sampler logp); 0: off
     mask_truncated: bool = False  # keep completions cut at the limit out of the loss
-    # A factor of the reward (reward.factors.NAMES, such as "answer"); "": off. A group in which it
-    # is the same, to the last bit, for all judged completions says nothing about the task: what
-    # still sets their rewards apart is shape (length, format). Such a group is treated as if it had
-    # no score: out of the normaliser, of the policy's loss, of the KL term and of the count of
-    # tokens that the loss is divided by; the gradient is that of the batch without it.
+    # A factor of the reward (reward.factors.NAMES, such as "answer") or a component that a task of
+    # reward.tasks declares; "": off. A group in which it is the same, to the last bit, for all
+    # judged completions says nothing about the task: what still sets their rewards apart is shape
+    # (length, format). Such a group is treated as if it had no score: out of the normaliser, of the
+    # policy's loss, of the KL term and of the count of tokens that the loss is divided by; the
+    # gradient is that of the batch without it.
     filter_on: str = ""
     logit_chunk: int = 128
     profile_step: int = 0  # of this step a trace is written to WORKDIR/profile; 0: of none
