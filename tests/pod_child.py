@@ -54,9 +54,9 @@ def legible(tokenizer, ids) -> str:
     return render(told, runs.PAYOFF, "DQ_AQ", "Which one? " * (1 + dice % 5) + told)
 
 
-def noting_judge(cfg, rules):
+def noting_judge(cfg, rules, ask=None):
     """The run's judge; each request leaves a line behind."""
-    honest = make_judge(cfg, rules)
+    honest = make_judge(cfg, rules, ask)
 
     def judge(requests):
         workdir = next(a.split("=", 1)[1] for a in sys.argv if a.startswith("--config.workdir="))
