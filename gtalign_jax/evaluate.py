@@ -83,7 +83,11 @@ def evaluate(config: Config, checkpoint: str = "", baseline: str = "", out: str 
         found = _told_apart(found)
         files = _open(out)
         keep_programs(f"{out}/compiled")
-        benches = _same_prompts([open_bench(p.config, watch, p.tokenizer_dir) for p in found])
+        benches: list[Bench] = []
+        for p in found:  # one judge for both: it may lie on the devices
+            judge = benches[0].judge if benches else None
+            benches.append(open_bench(p.config, watch, p.tokenizer_dir, judge=judge))
+        benches = _same_prompts(benches)
         folder = files.directory / UNFINISHED
         plan = _plan(found, benches[-1])
         if is_first():

@@ -207,10 +207,10 @@ class Session(Bench):
 
 
 def open_bench(config: Config, watch: Watch, tokenizer_dir: str,
-               sources: Sequence[str] = ()) -> Bench:
+               sources: Sequence[str] = (), judge: Judge | None = None) -> Bench:
     """Everything before the first answer; held-out prompts if the stages say "evaluate".
 
-    `sources`: data sources of prompts that the judge will hear of besides the held-out ones.
+    `sources`: of prompts that the judge hears of besides the held-out ones. `judge`: an open one.
     Raises ValueError and the like with a text for the user.
     """
     mesh = make_mesh(config.mesh)
@@ -229,7 +229,7 @@ def open_bench(config: Config, watch: Watch, tokenizer_dir: str,
         tokenizer_dir=tokenizer_dir,
         stop_ids=find_stop_ids(tokenizer, load.generation_config(config.model)),
         test=PromptSet(held_out, tokenizer, config.data.max_prompt_tokens) if held_out else None,
-        judge=open_judge(config, sources, rollout_layout, dtype),
+        judge=judge or open_judge(config, sources, rollout_layout, dtype),
         train_layout=Layout(mesh, TRAIN, config.model.attention),
         rollout_layout=rollout_layout,
         dtype=dtype,
