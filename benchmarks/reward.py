@@ -1,0 +1,154 @@
+"""How fast completions become rewards, and how little a judge waits for us.
+
+    python -m benchmarks.reward [--completions=4096 --repeats=5 --seed=0 --algebra=0.35]
+    python -m benchmarks.reward --judge [--completions=4096 --concurrency=256 --latency=2]
+
+Without --judge: parse, solve and score, the judge's grades being given, beside the same formulas
+as plain Python applies them to one completion after the other; the rewards of both must agree to
+1e-9. In "seconds" every mathematical answer is either the reference's string or a whole number
+beside a whole number; "algebra" has what an answer in another notation costs, which goes to
+math-verify's processes, for the share of --algebra of the mathematical completions.
+
+With --judge: wall time of that many requests to a server of its own process that takes --latency
+seconds for each, beside the floor ceil(completions / concurrency) * latency.
+
+One line of JSON; times are medians of the repeats after a warm-up.
+"""
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from benchmarks import completions, plain_reward
+from gtalign_jax.reward import math_equal, scoring, tasks
+from gtalign_jax.reward.http_judge import HttpJudge
+from gtalign_jax.reward.judge_config import JudgeConfig
+from gtalign_jax.reward.judges import JudgeRequest
+
+CONFIG = scoring.RewardConfig(consistency="solver")
+
+
+def ours(rows: Sequence[completions.Row]) -> list[float]:
+    """Rewards of the rows."""
+    prompts, texts = [row.prompt for row in rows], [row.text for row in rows]
+    found = scoring.score(prompts, texts, _nobody, CONFIG, [row.given for row in rows])
+    return found.reward_B.tolist()
+
+
+def plain(rows: Sequence[completions.Row]) -> list[float]:
+    """Rewards of the rows, one after the other."""
+    return [
+        plain_reward.reward(row.prompt.data_source, row.prompt.ground_truth, row.text,
+                            row.given.get("quality"))
+        for row in rows
+    ]
+
+
+def _nobody(requests: Sequence[JudgeRequest]) -> list:
+    raise RuntimeError(f"all grades are given, and yet {len(requests)} requests")
+
+
+def timed(repeats: int, once: Callable[[], Any]) -> tuple[float, list[float], Any]:
+    """(median seconds, all of them, what the last one returned), after a warm-up."""
+    once()
+    seconds = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        result = once()
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds), [round(s, 4) for s in seconds], result
+
+
+def scored(args: argparse.Namespace) -> dict[str, Any]:
+    """Ours beside plain Python."""
+    rows = completions.rows(args.completions, args.seed)
+    words = sorted(len(row.text.split()) for row in rows)
+    seconds, every, found = timed(args.repeats, lambda: ours(rows))
+    plain_seconds, plain_every, wanted = timed(args.repeats, lambda: plain(rows))
+    apart = max(abs(a - b) for a, b in zip(found, wanted, strict=True))
+    if not apart <= 1e-9:
+        raise RuntimeError(f"the rewards are {apart} apart")
+    return {
+        "program": "reward", "completions": len(rows), "cores": os.cpu_count(),
+        "words": {"p1": words[len(words) // 100], "median": words[len(words) // 2],
+                  "max": words[-1]},
+        "scored_above_zero": sum(reward > 0 for reward in found),
+        "seconds": round(seconds, 4), "all_seconds": every,
+        "plain_seconds": round(plain_seconds, 4), "plain_all_seconds": plain_every,
+        "ratio": round(plain_seconds / seconds, 2), "apart": apart,
+        "algebra": algebra(args),
+    }  # fmt: skip
+
+
+def algebra(args: argparse.Namespace) -> dict[str, Any]:
+    """Mathematics by itself, with answers that only algebra settles among them."""
+    rows = [row for row in completions.rows(args.completions, args.seed, args.algebra)
+            if tasks.task_of(row.prompt.data_source).measure == "math"]
+    pairs = [(row.prompt.ground_truth, row.text) for row in rows]
+    checker = math_equal.MathChecker()
+    try:
+        seconds, every, found = timed(args.repeats, lambda: checker(pairs))
+    finally:
+        checker.close()
+    return {"completions": len(pairs), "share": args.algebra,
+            "different": len({pair for pair in zip(pairs, found, strict=True)}),
+            "seconds": round(seconds, 4), "all_seconds": every}
+
+
+def judged(args: argparse.Namespace) -> dict[str, Any]:
+    """The wait for a judge of known latency."""
+    rows = completions.rows(args.completions, args.seed)
+    requests = [
+        JudgeRequest("quality", "ambig_qa", row.prompt.question, row.prompt.ground_truth, row.text)
+        for row in rows
+    ]
+    command = [sys.executable, "-m", "benchmarks.fake_judge", f"--latency={args.latency}"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          text=True) as server:
+        url = server.stdout.readline().strip()
+        judge = HttpJudge(JudgeConfig(
+            kind="http", base_url=url, model="fake", concurrency=args.concurrency))
+        judge(requests[:1])  # imports and connects
+        began, busy = time.perf_counter(), time.process_time()
+        found = judge(requests)
+        seconds, busy = time.perf_counter() - began, time.process_time() - busy
+        judge.close()
+        stats = json.load(urllib.request.urlopen(f"{url}/stats"))
+        server.stdin.close()
+    failed = [judgement.error for judgement in found if judgement.score != 1.0]
+    if failed or stats["asked"] != len(rows) + 1:
+        raise RuntimeError(f"{len(failed)} failures ({failed[:3]}); the server counted {stats}")
+    floor = math.ceil(len(rows) / args.concurrency) * args.latency
+    return {
+        "program": "judge", "completions": len(rows), "concurrency": args.concurrency,
+        "most_at_once": stats["most"], "latency": args.latency, "floor_seconds": floor,
+        "seconds": round(seconds, 2), "over_floor": round(seconds / floor - 1, 4),
+        "cpu_seconds": round(busy, 2),
+    }
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--completions", type=int, default=4096)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--algebra", type=float, default=0.35)
+    parser.add_argument("--judge", action="store_true")
+    parser.add_argument("--concurrency", type=int, default=256)
+    parser.add_argument("--latency", type=float, default=2.0, help="seconds")
+    args = parser.parse_args(argv)
+    print(json.dumps(judged(args) if args.judge else scored(args)), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
