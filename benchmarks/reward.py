@@ -5,9 +5,11 @@
 
 Without --judge: parse, solve and score, the judge's grades being given, beside the same formulas
 as plain Python applies them to one completion after the other; the rewards of both must agree to
-1e-9. In "seconds" every mathematical answer is either the reference's string or a whole number
-beside a whole number; "algebra" has what an answer in another notation costs, which goes to
-math-verify's processes, for the share of --algebra of the mathematical completions.
+1e-9. A quarter of the completions is mathematics, whose answers are the reference's string or a
+whole number beside a whole number: ours then needs no algebra, and the plain program asks
+math-verify wherever the strings differ; "ratio_without_math" leaves these completions out. What an
+answer in another notation costs us, as it goes to math-verify's processes, is in "algebra", by
+itself, for the share of --algebra of the mathematical completions.
 
 With --judge: wall time of that many requests to a server of its own process that takes --latency
 seconds for each, beside the floor ceil(completions / concurrency) * latency.
@@ -56,6 +58,10 @@ def _nobody(requests: Sequence[JudgeRequest]) -> list:
     raise RuntimeError(f"all grades are given, and yet {len(requests)} requests")
 
 
+def _is_math(row: completions.Row) -> bool:
+    return tasks.task_of(row.prompt.data_source).measure == "math"
+
+
 def timed(repeats: int, once: Callable[[], Any]) -> tuple[float, list[float], Any]:
     """(median seconds, all of them, what the last one returned), after a warm-up."""
     once()
@@ -76,6 +82,9 @@ def scored(args: argparse.Namespace) -> dict[str, Any]:
     apart = max(abs(a - b) for a, b in zip(found, wanted, strict=True))
     if not apart <= 1e-9:
         raise RuntimeError(f"the rewards are {apart} apart")
+    rest = [row for row in rows if not _is_math(row)]
+    rest_seconds, rest_every, _ = timed(args.repeats, lambda: ours(rest))
+    plain_rest_seconds, plain_rest_every, _ = timed(args.repeats, lambda: plain(rest))
     return {
         "program": "reward", "completions": len(rows), "cores": os.cpu_count(),
         "words": {"p1": words[len(words) // 100], "median": words[len(words) // 2],
@@ -84,22 +93,25 @@ def scored(args: argparse.Namespace) -> dict[str, Any]:
         "seconds": round(seconds, 4), "all_seconds": every,
         "plain_seconds": round(plain_seconds, 4), "plain_all_seconds": plain_every,
         "ratio": round(plain_seconds / seconds, 2), "apart": apart,
+        "without_math": {
+            "completions": len(rest), "all_seconds": rest_every,
+            "plain_all_seconds": plain_rest_every},
+        "ratio_without_math": round(plain_rest_seconds / rest_seconds, 2),
         "algebra": algebra(args),
     }  # fmt: skip
 
 
 def algebra(args: argparse.Namespace) -> dict[str, Any]:
     """Mathematics by itself, with answers that only algebra settles among them."""
-    rows = [row for row in completions.rows(args.completions, args.seed, args.algebra)
-            if tasks.task_of(row.prompt.data_source).measure == "math"]
-    pairs = [(row.prompt.ground_truth, row.text) for row in rows]
+    rows = completions.rows(args.completions, args.seed, args.algebra)
+    pairs = [(row.prompt.ground_truth, row.text) for row in rows if _is_math(row)]
     checker = math_equal.MathChecker()
     try:
         seconds, every, found = timed(args.repeats, lambda: checker(pairs))
     finally:
         checker.close()
     return {"completions": len(pairs), "share": args.algebra,
-            "different": len({pair for pair in zip(pairs, found, strict=True)}),
+            "equal": sum(score == 1.0 for score, _ in found),
             "seconds": round(seconds, 4), "all_seconds": every}
 
 
