@@ -29,20 +29,25 @@ MENTION = re.compile(
 )
 
 
-def reward(source: str, truth: str, completion: str, judged: float | None) -> float:
-    """Cobb-Douglas welfare with the solver's consistency; `judged` is None for mathematics."""
+def reward(
+    source: str, truth: str, completion: str, judged: float | None
+) -> tuple[float, dict[str, Any]]:
+    """(Cobb-Douglas welfare with the solver's consistency, the game's metrics); `judged` is None
+    for mathematics."""
     response, analyze = block(completion, "response"), block(completion, "analyze")
     matrix = read_matrix(block(completion, "payoff"))
+    pareto = [] if matrix is None else pareto_set(matrix)
+    game = {} if matrix is None else solve(matrix, pareto)
     if matrix is None or response is None or analyze is None:
-        return 0.0
+        return 0.0, game
     q_user, q_llm = qualities(source, truth, response, judged)
     prefix = completion.split("<response>", 1)[0]
     user = (1e-4 + 0.5 * q_user + 0.2 * window(len(response.split()), 20, 500)
             + 0.3 * math.exp(-len(prefix) / 500))
     llm = (1e-4 + 0.35 * q_llm + 0.2 * bool(FOUR_BLOCKS.match(completion))
-           + 0.2 * matrix_quality(matrix) + 0.2 * consistency(analyze, pareto_set(matrix))
+           + 0.2 * matrix_quality(matrix) + 0.2 * consistency(analyze, pareto)
            + 0.05 * window(len(completion.split()), 500, 1000))
-    return math.sqrt(user * llm)
+    return math.sqrt(user * llm), game
 
 
 def block(text: str, name: str) -> str | None:
@@ -135,6 +140,23 @@ def pareto_set(matrix: dict[str, dict[str, float]]) -> list[str]:
         if not dominated:
             kept.append(key)
     return kept
+
+
+def solve(matrix: dict[str, dict[str, float]], pareto: list[str]) -> dict[str, Any]:
+    """What the metrics hold about the game: the cell to play, equilibria, dilemma, anarchy."""
+    # Rounded, so that 0.1 + 0.2 ties with 0.3.
+    total = {key: round(cell["LLM"] + cell["user"], 9) for key, cell in matrix.items()}
+    nash = [
+        key for key in KEYS
+        if all(matrix[key]["LLM"] >= matrix[o]["LLM"] - 1e-9 for o in KEYS if o[:2] == key[:2])
+        and all(matrix[key]["user"] >= matrix[o]["user"] - 1e-9 for o in KEYS if o[3:] == key[3:])
+    ]
+    worst = min((total[key] for key in nash), default=0.0)
+    return {
+        "recommended": max(pareto, key=lambda k: (total[k], matrix[k]["user"], matrix[k]["LLM"])),
+        "nash_count": len(nash), "dilemma": bool(nash) and not set(nash) & set(pareto),
+        "price_of_anarchy": max(total.values()) / worst if worst > 0 else math.nan,
+    }  # fmt: skip
 
 
 def consistency(analyze: str, pareto: list[str]) -> float:
