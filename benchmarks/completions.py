@@ -71,7 +71,8 @@ class Row:
 
 
 def rows(count: int, seed: int, algebra: float = 0.0) -> list[Row]:
-    """`count` rows; `algebra` is the share of mathematical answers that only algebra settles."""
+    """`count` rows; `algebra` is the share of mathematical answers in another notation than the
+    reference: the others are the same string, or two whole numbers."""
     draw = random.Random(seed)
     made = []
     while len(made) < count:
@@ -113,10 +114,11 @@ def _response(draw: random.Random, source: str, truth: str, algebra: float) -> s
     text = _prose(draw, draw.randint(60, 300))
     if source != "math-hard":
         return text
-    answer = truth if draw.random() < 0.6 else str(draw.randint(-50, 2000))
+    answer = truth
     if draw.random() < algebra:
-        # Every sampler has its own way of writing: a constant term makes them differ.
-        answer = f"{draw.choice(_REWRITTEN)}+{draw.randint(0, 3)}"
+        answer = draw.choice(_REWRITTEN)
+    elif truth.lstrip("-").isdigit() and draw.random() < 0.4:
+        answer = str(draw.randint(-50, 2000))
     return f"{text} The answer is $\\boxed{{{answer}}}$."
 
 

@@ -1,4 +1,4 @@
-"""The reward of one completion as one would write it down: standard library, one row at a time.
+"""The reward of one completion as one would write it down: one row at a time, no arrays.
 
 The same formulas as `gtalign_jax.reward`, without its batches, arrays and compiled parts; it shares
 no code with it. What `benchmarks.reward` holds ours against, in numbers and in seconds. It is no
@@ -11,6 +11,8 @@ import math
 import re
 from collections import Counter
 from typing import Any
+
+from math_verify import parse, verify
 
 KEYS = ("VQ_DA", "VQ_CQ", "VQ_AQ", "DQ_DA", "DQ_CQ", "DQ_AQ")
 FOUR_BLOCKS = re.compile(
@@ -27,20 +29,25 @@ MENTION = re.compile(
 )
 
 
-def reward(source: str, truth: str, completion: str, judged: float | None) -> float:
-    """Cobb-Douglas welfare with the solver's consistency; `judged` is None for mathematics."""
+def reward(
+    source: str, truth: str, completion: str, judged: float | None
+) -> tuple[float, dict[str, Any]]:
+    """(Cobb-Douglas welfare with the solver's consistency, the game's metrics); `judged` is None
+    for mathematics."""
     response, analyze = block(completion, "response"), block(completion, "analyze")
     matrix = read_matrix(block(completion, "payoff"))
+    pareto = [] if matrix is None else pareto_set(matrix)
+    game = {} if matrix is None else solve(matrix, pareto)
     if matrix is None or response is None or analyze is None:
-        return 0.0
+        return 0.0, game
     q_user, q_llm = qualities(source, truth, response, judged)
     prefix = completion.split("<response>", 1)[0]
     user = (1e-4 + 0.5 * q_user + 0.2 * window(len(response.split()), 20, 500)
             + 0.3 * math.exp(-len(prefix) / 500))
     llm = (1e-4 + 0.35 * q_llm + 0.2 * bool(FOUR_BLOCKS.match(completion))
-           + 0.2 * matrix_quality(matrix) + 0.2 * consistency(analyze, pareto_set(matrix))
+           + 0.2 * matrix_quality(matrix) + 0.2 * consistency(analyze, pareto)
            + 0.05 * window(len(completion.split()), 500, 1000))
-    return math.sqrt(user * llm)
+    return math.sqrt(user * llm), game
 
 
 def block(text: str, name: str) -> str | None:
@@ -92,15 +99,11 @@ def qualities(source: str, truth: str, response: str, judged: float | None) -> t
 
 
 def same_answer(truth: str, response: str) -> bool:
-    """Equal strings are equal, other whole numbers are not; the rest is algebra."""
+    """Equal strings are equal; the rest is algebra."""
     found = re.findall(r"\\boxed\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}", response)
     answer = found[-1] if found else response
     if re.sub(r"\s", "", answer) == re.sub(r"\s", "", truth):
         return True
-    if re.fullmatch(r"-?\d+", truth) and re.fullmatch(r"-?\d+", answer):
-        return int(truth) == int(answer)
-    from math_verify import parse, verify
-
     return verify(parse(f"\\boxed{{{truth}}}"), parse(f"\\boxed{{{answer}}}"))
 
 
@@ -137,6 +140,23 @@ def pareto_set(matrix: dict[str, dict[str, float]]) -> list[str]:
         if not dominated:
             kept.append(key)
     return kept
+
+
+def solve(matrix: dict[str, dict[str, float]], pareto: list[str]) -> dict[str, Any]:
+    """What the metrics hold about the game: the cell to play, equilibria, dilemma, anarchy."""
+    # Rounded, so that 0.1 + 0.2 ties with 0.3.
+    total = {key: round(cell["LLM"] + cell["user"], 9) for key, cell in matrix.items()}
+    nash = [
+        key for key in KEYS
+        if all(matrix[key]["LLM"] >= matrix[o]["LLM"] - 1e-9 for o in KEYS if o[:2] == key[:2])
+        and all(matrix[key]["user"] >= matrix[o]["user"] - 1e-9 for o in KEYS if o[3:] == key[3:])
+    ]
+    worst = min((total[key] for key in nash), default=0.0)
+    return {
+        "recommended": max(pareto, key=lambda k: (total[k], matrix[k]["user"], matrix[k]["LLM"])),
+        "nash_count": len(nash), "dilemma": bool(nash) and not set(nash) & set(pareto),
+        "price_of_anarchy": max(total.values()) / worst if worst > 0 else math.nan,
+    }  # fmt: skip
 
 
 def consistency(analyze: str, pareto: list[str]) -> float:

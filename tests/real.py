@@ -17,6 +17,8 @@ from collections.abc import Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+from judging import unframed
+
 from gtalign_jax.data.chat import render_chat
 from gtalign_jax.data.sources import DataConfig, load_prompts
 from gtalign_jax.data.tokenizer import train_tokenizer
@@ -43,7 +45,7 @@ class JudgeServer(ThreadingHTTPServer):
 
     def __init__(self):
         self.lock = threading.Lock()
-        self.asked: list[str] = []
+        self.asked: list[str] = []  # the material in it as it was before it was framed
         super().__init__(("127.0.0.1", 0), _JudgeHandler)
         self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
 
@@ -61,7 +63,7 @@ class _JudgeHandler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         text = body["messages"][-1]["content"]
         with self.server.lock:
-            self.server.asked.append(text)
+            self.server.asked.append(unframed(text))
         grades = GRADES[text.rpartition("Possible grades: ")[2].rstrip(".")]
         grade = grades[zlib.crc32(text.encode()) % len(grades)]
         message = {"role": "assistant", "content": f"By rule.\n<verdict>{grade}</verdict>"}

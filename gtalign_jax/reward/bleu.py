@@ -17,7 +17,8 @@ import numpy as np
 MAX_ORDER = 4
 _DIGIT_BITS = 64 // MAX_ORDER
 _LARGEST = (1 << _DIGIT_BITS) - 2  # code point that is a digit; 0 stays free
-_ORDERS = np.array([1 << _DIGIT_BITS * n for n in range(1, MAX_ORDER)], np.uint64)
+# Below the n-grams of each order and above those of the one before.
+_SMALLEST = np.array([0, *(1 << _DIGIT_BITS * n for n in range(1, MAX_ORDER))], np.uint64)
 
 
 def char_bleu(hypothesis: str, reference: str) -> float:
@@ -30,10 +31,9 @@ def char_bleu(hypothesis: str, reference: str) -> float:
     wanted, limits = _reference_ngrams(reference)
     place = np.minimum(np.searchsorted(wanted, found), len(wanted) - 1)
     matched = np.where(wanted[place] == found, np.minimum(counts, limits[place]), 0)
-    begins = np.searchsorted(found, _ORDERS)
     log_precision = 0.0
-    for order, part in enumerate(np.split(matched, begins)):
-        matches = int(part.sum())
+    by_order = np.add.reduceat(matched, np.searchsorted(found, _SMALLEST))
+    for order, matches in enumerate(by_order.tolist()):
         if matches == 0:
             return 0.0
         log_precision += math.log(matches / (len(hypothesis) - order)) / MAX_ORDER
