@@ -21,6 +21,7 @@ In DIRECTORY (by default `workdir`/evaluation, also gs://…) all of this appear
     comparison.json         checkpoint against baseline: paired differences and Pareto measures
     report.html             and figures/, tables/, report.json
     evaluation.json         what was evaluated; config.json, run_info.json
+    judgements/             what a judge said, if one was asked (docs/judges.md)
 
 Until then completions lie in DIRECTORY/unfinished, and the same command goes on with what is not
 there yet. A completion whose judge failed is missing: counted, warned of, and in no mean.
@@ -53,7 +54,7 @@ from gtalign_jax.policies import Policy
 from gtalign_jax.report.load import COMPARISON_FILE
 from gtalign_jax.session import Bench, check_config, keep_programs, open_bench
 from gtalign_jax.training.metrics import METRICS_FILE, read_rows
-from gtalign_jax.workdir import Files, is_dir
+from gtalign_jax.workdir import Files, is_dir, local
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +75,8 @@ def evaluate(config: Config, checkpoint: str = "", baseline: str = "", out: str 
     config = dataclasses.replace(config, stages=("evaluate",))
     check_config(config)
     out = (out or f"{config.workdir}/evaluation").rstrip("/")
+    store = config.judge.store or f"{local(out)}/judgements"
+    config = dataclasses.replace(config, judge=dataclasses.replace(config.judge, store=store))
     with Watch(config.pod) as watch:
         is_file = baseline.endswith(".jsonl") or ".jsonl:" in baseline
         side = _read_baseline(baseline) if is_file and is_first() else None

@@ -220,17 +220,21 @@ def _is_usable(chain: chain_lib.Chain, cfg: RewardConfig) -> bool:
 def _measure(
     texts, chains, pareto, qualities, consistency, payoff_BUAP, scorable_B
 ) -> _Measured:
-    counts = np.zeros((len(texts), 8))
-    for row in np.flatnonzero(scorable_B).tolist():
+    rows = np.flatnonzero(scorable_B)
+    counted = []
+    for row in rows.tolist():
         chain = chains[row]
         if consistency[row] is not None:
             consistent = min(max(consistency[row].score, 0.0), 1.0)
         else:
             consistent = factors_lib.consistency_by_solver(chain.analyze or "", pareto[row])
-        counts[row] = (
-            *qualities[row], consistent, chain.format_ok, len(chain.response.split()),
-            len(chain.prefix), len(texts[row].split()),
-        )  # fmt: skip
+        words = len(chain.response.split())
+        # A long response is not taken apart twice: a word stands for it in the whole text.
+        rest = texts[row].replace(chain.response, "x", 1) if words else texts[row]
+        counted.append((*qualities[row], consistent, chain.format_ok, words, len(chain.prefix),
+                        len(rest.split()) + max(words - 1, 0)))
+    counts = np.zeros((len(texts), 8))
+    counts[rows] = np.array(counted, np.float64).reshape(-1, 8)
     q_user, q_llm, answer, consistent, is_format, response_words, prefix_chars, words = counts.T
     return _Measured(
         payoff_BUAP=payoff_BUAP, scorable=scorable_B, q_user=q_user, q_llm=q_llm, answer=answer,
