@@ -204,8 +204,7 @@ def rewrite(block: str, payoff_UAP: np.ndarray) -> str:
 
 def read_matrix(matrix: Any) -> np.ndarray:
     """`payoff_UAP`, float64 [2, 3, 2], of a parsed JSON value; ValueError where it is none."""
-    error = _matrix_error(matrix)
-    if error is not None:
+    if not _is_plain_matrix(matrix) and (error := _matrix_error(matrix)) is not None:
         raise ValueError(error)
     cells = [matrix[key][player] for key in KEYS for player in PLAYERS]
     shape = (len(USER_ACTIONS), len(ACTIONS), len(PLAYERS))
@@ -255,6 +254,20 @@ def _read_payoff(block: str) -> tuple[dict | None, np.ndarray | None, str | None
         return matrix, read_matrix(matrix), None
     except ValueError as error:
         return None, None, str(error)
+
+
+def _is_plain_matrix(matrix: Any) -> bool:
+    """What nearly every matrix is: ordinary numbers under the right keys. Of any other,
+    `_matrix_error` says more, and takes longer."""
+    if not isinstance(matrix, dict) or matrix.keys() != _KEY_SET:
+        return False
+    cells = list(matrix.values())
+    if not all(type(cell) is dict and cell.keys() == _PLAYER_SET for cell in cells):
+        return False
+    values = [value for cell in cells for value in cell.values()]
+    return frozenset(_NUMBERS).issuperset(map(type, values)) and all(
+        [-1e300 < value < 1e300 for value in values]  # NaN is not
+    )
 
 
 def _matrix_error(matrix: Any) -> str | None:
