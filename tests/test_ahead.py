@@ -64,7 +64,14 @@ def test_an_interrupted_run_goes_on_with_the_completions_that_were_waiting(tmp_p
         lambda self, params, step: sampled.append(step) or sample(self, params, step),
     )
     assert run(tmp_path / "cut", grpo__ahead=1) == whole
-    assert sampled == [3]  # step 2's came with the checkpoint
+    assert sampled == [3, 4]  # step 2's came with the checkpoint
+
+
+@pytest.mark.slow
+def test_a_run_that_is_prolonged_is_the_longer_run(tmp_path):
+    whole = run(tmp_path / "whole", grpo__ahead=1)
+    run(tmp_path / "cut", grpo__ahead=1, grpo__steps=2)
+    assert run(tmp_path / "cut", grpo__ahead=1) == whole
 
 
 @pytest.mark.parametrize(("settings", "reason"), [

@@ -132,9 +132,10 @@ class Collector:
         """Where the rows of a rollout lie."""
         return self.layout.sharding("prompts")
 
-    def assessing(self, batch: PromptBatch) -> Assessing:
-        """What will score completions of the batch, piece by piece."""
-        return Assessing(self.fetch, functools.partial(self.assess, batch), self.overlap)
+    def assessing(self, batch: PromptBatch, needed: bool = True) -> Assessing:
+        """What will score completions of the batch, piece by piece; at once, if it is `needed`."""
+        overlap = self.overlap and needed
+        return Assessing(self.fetch, functools.partial(self.assess, batch), overlap)
 
     def roll(self, params: Any, batch: PromptBatch, key: jax.Array,
              sampled: Callable[[Rollout, int, int], None] = lambda *piece: None) -> Rollout:

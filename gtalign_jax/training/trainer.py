@@ -228,19 +228,17 @@ class _Sampling:
     stage: Stage
     key: jax.Array
     next: tuple[PromptBatch, Rollout, Assessing] | None = None
-    last: Rollout | None = None
 
     def take(self, params: Params, step: int) -> tuple[PromptBatch, Rollout, Assessing]:
         """What is learnt from in a step; its judging has begun."""
-        now = self.next or self._sample(params, step)
-        self.next, self.last = None, now[1]
-        if self.cfg.ahead and step + 1 < self.stage.steps:
+        now, self.next = self.next or self._sample(params, step), None
+        if self.cfg.ahead:  # after the last step, too: the run may be prolonged
             self.next = self._sample(params, step + 1)
         return now
 
     def _sample(self, params: Params, step: int) -> tuple[PromptBatch, Rollout, Assessing]:
         prompts = self._prompts(step)
-        assessing = self.collect.assessing(prompts)
+        assessing = self.collect.assessing(prompts, needed=step < self.stage.steps)
         policy = self.learner.reshard(params)  # gone at the end: the update needs its place
         key = named_key(self.key, "rollout", step)
         return prompts, self.collect.roll(policy, prompts, key, assessing.add), assessing
@@ -257,8 +255,8 @@ class _Sampling:
         self.next = prompts, rollout, assessing
 
     def pending(self) -> dict[str, Any]:
-        """What a checkpoint must hold; after the last step it means nothing."""
-        return {"pending": self.next[1] if self.next else self.last} if self.cfg.ahead else {}
+        """What a checkpoint must hold."""
+        return {"pending": self.next[1]} if self.next else {}
 
 
 def _log(experience: Experience, rollouts: RolloutLog, step: int, limit: int) -> dict[str, float]:
