@@ -34,6 +34,7 @@ def train(workdir: Path, url: str, args: argparse.Namespace, more: dict) -> None
         "workdir": workdir, "grpo.steps": args.steps, "checkpoint.every": 1000,
         "judge.kind": "http", "judge.rules": more.get("judge.kind") == "rule",
         "judge.base_url": url, "judge.concurrency": args.concurrency, "judge.store": "none",
+        "judge.preflight": False,
     } | more)
 
 
@@ -50,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
         workdir = out / way.replace(", ", "-").replace(" ", "-")
         if first is not None:
             for part in ("checkpoints/sft", "tokenizer"):
-                shutil.copytree(first / part, workdir / part)
+                shutil.copytree(first / part, workdir / part, dirs_exist_ok=True)
         first = first or workdir
         with serving(grade=grade, latency_s=args.latency) as server:
             train(workdir, server.url, args, more)

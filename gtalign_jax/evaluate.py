@@ -21,10 +21,10 @@ In DIRECTORY (by default `workdir`/evaluation, also gs://…) all of this appear
     comparison.json         checkpoint against baseline: paired differences and Pareto measures
     report.html             and figures/, tables/, report.json
     evaluation.json         what was evaluated; config.json, run_info.json
-    judgements/             what a judge said, if one was asked (docs/judges.md)
 
-Until then completions lie in DIRECTORY/unfinished, and the same command goes on with what is not
-there yet. A completion whose judge failed is missing: counted, warned of, and in no mean.
+Until then completions lie in DIRECTORY/unfinished, what a judge said in DIRECTORY/judgements, and
+the same command goes on with what is not there yet. A completion whose judge failed is missing:
+counted, warned of, and in no mean.
 """
 
 import argparse
@@ -32,6 +32,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 from pathlib import Path
@@ -42,7 +43,7 @@ from rich.console import Console
 
 from gtalign_jax import compare, policies, report
 from gtalign_jax.command import carry_out
-from gtalign_jax.config import Config, define_flag, parse_flags, save_run_info
+from gtalign_jax.config import Config, define_flag, fingerprint, parse_flags, save_run_info
 from gtalign_jax.evaluation import paired, pareto, scored, tables
 from gtalign_jax.evaluation.evaluate import EVALUATIONS_FILE
 from gtalign_jax.evaluation.measures import by_label
@@ -76,7 +77,9 @@ def evaluate(config: Config, checkpoint: str = "", baseline: str = "", out: str 
     check_config(config)
     out = (out or f"{config.workdir}/evaluation").rstrip("/")
     store = config.judge.store or f"{local(out)}/judgements"
-    config = dataclasses.replace(config, judge=dataclasses.replace(config.judge, store=store))
+    # All completions are judged at once: how long that may take, the watch knows (pod.evaluate_s).
+    judge = dataclasses.replace(config.judge, store=store, deadline_s=math.inf)
+    config = dataclasses.replace(config, judge=judge)
     with Watch(config.pod) as watch:
         is_file = baseline.endswith(".jsonl") or ".jsonl:" in baseline
         side = _read_baseline(baseline) if is_file and is_first() else None
@@ -184,11 +187,11 @@ def _plan(found: list[Policy], bench: Bench) -> dict[str, Any]:
     config, prompts = bench.config, bench.test.prompts
     asked = [[p.id, [dict(m) for m in p.messages], p.question, p.ground_truth] for p in prompts]
     text = json.dumps(asked)
-    settings = {
-        name: dataclasses.asdict(getattr(config, name)) for name in ("evaluate", "reward", "judge")
+    settings = {name: dataclasses.asdict(getattr(config, name)) for name in ("evaluate", "reward")}
+    settings["judge"] = {  # neither its address nor its limits
+        key.removeprefix("judge."): value for key, value in fingerprint(config).items()
+        if key.startswith("judge.")
     }
-    for key in ("base_url", "api_key_env", "concurrency", "timeout_s", "retries"):
-        del settings["judge"][key]
     return {
         "policies": {policy.name: policy.described() for policy in found},
         "prompts": {"count": len(prompts), "sha256": hashlib.sha256(text.encode()).hexdigest()},

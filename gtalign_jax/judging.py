@@ -17,6 +17,7 @@ from gtalign_jax.pod.exchange import is_first, process_count, process_index
 from gtalign_jax.reward import preflight, tasks
 from gtalign_jax.reward.judge_config import JudgeConfig
 from gtalign_jax.reward.judges import Judge, JudgeError, Judgement, JudgeRequest, make_judge
+from gtalign_jax.reward.limits import Sent
 from gtalign_jax.reward.rules import RULES
 from gtalign_jax.reward.store import JudgementStore, remembering
 from gtalign_jax.training import model_judge
@@ -40,19 +41,19 @@ def open_judge(config: Config, sources: Sequence[str], layout: Layout, dtype: An
     mine = cfg if on_devices else cfg.share(process_count())
     ask = _no_model
     if cfg.mode == "live":
-        ask = model_judge.make(cfg, layout, dtype) if on_devices else _http(mine)
-        if cfg.preflight:
-            _preflight(config, mine, sources, ask)
+        ask = model_judge.make(cfg, layout, dtype) if on_devices else None
+        sent = _preflight(config, sources, ask) if cfg.preflight else []
+        ask = ask or _http(mine, sent)
     if cfg.store != "none":
         directory = cfg.store or os.path.join(local(config.workdir), "judgements")
         ask = remembering(mine, JudgementStore(directory, process_index()), ask)
     return make_judge(mine, RULES, ask)
 
 
-def _http(cfg: JudgeConfig):
+def _http(cfg: JudgeConfig, before: Sequence[Sent] = ()):
     from gtalign_jax.reward.http_judge import HttpJudge  # the client takes a second to import
 
-    return HttpJudge(cfg)
+    return HttpJudge(cfg, before)
 
 
 def _no_model(requests: Sequence[JudgeRequest], told: Any = None) -> list[Judgement]:
@@ -72,16 +73,19 @@ def asked_about(config: Config, sources: Sequence[str]) -> list[tasks.Task]:
     ]
 
 
-def _preflight(config: Config, cfg: JudgeConfig, sources: Sequence[str], ask: Any) -> None:
+def _preflight(config: Config, sources: Sequence[str], on_devices: Any) -> list[Sent]:
+    """Tries the judge; returns what this process has sent to servers for that."""
+    cfg, sent, problem = config.judge, [], None
     used, consistency = asked_about(config, sources), config.reward.consistency == "judge"
     if not used and not consistency:
-        return
-    problem = None
-    if cfg.kind == "jax":  # all processes answer together, and so come to the same end
-        problem = preflight.run(cfg, used, consistency, ask, None)
+        return sent
+    if on_devices:  # all processes answer together, and so come to the same end
+        problem = preflight.run(cfg, used, consistency, on_devices, None)
     elif is_first():
         with contextlib.closing(_http(preflight.patience(cfg))) as patient:
             problem = preflight.run(cfg, used, consistency, patient, patient.models)
+            sent = patient.sent()
     problem = exchange.broadcast(problem, "judge's pre-flight")
     if problem:
         raise JudgeError(f"{problem}. judge.preflight=False skips this check.")
+    return sent

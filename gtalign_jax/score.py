@@ -23,6 +23,7 @@ it grows as OUT.partial.
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections import Counter
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                            tasks=tuple(args.task))
         judge_cfg = JudgeConfig(
             kind=args.judge, base_url=args.judge_url, model=args.judge_model,
-            concurrency=args.judge_concurrency, timeout_s=args.judge_timeout,
+            concurrency=args.judge_concurrency, timeout_s=args.judge_timeout, deadline_s=math.inf,
         )  # fmt: skip
         lines = args.input.read_bytes().split(b"\n")
         if args.out.is_dir() or args.out.resolve() == args.input.resolve():

@@ -1,12 +1,17 @@
 """Scoring of one piece of a batch while the next is sampled."""
 
 import dataclasses
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from gtalign_jax.training.assessing import Assessing
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclasses.dataclass
@@ -71,3 +76,38 @@ def test_what_scoring_raises_is_raised_where_the_result_is_wanted(overlap):
     assessing.add(np.ones(2))
     with pytest.raises(KeyError, match="planted"):
         assessing.result()
+
+
+@pytest.mark.slow
+def test_a_program_that_ends_while_something_is_scored_ends_with_its_own_status():
+    """A thread inside of JAX when Python is taken down would abort the process."""
+    script = """
+import sys, time
+import jax, jax.numpy as jnp, numpy as np
+from gtalign_jax.training.assessing import Assessing
+step = jax.jit(lambda x: (x @ x).sum())
+began = time.monotonic()
+def assess(at, own):
+    while time.monotonic() < began + 3:
+        step(jnp.ones((64, 64))).block_until_ready()
+assessing = Assessing(lambda rollout: (np.arange(2), rollout), assess, overlap=True)
+assessing.add(np.ones(2))
+time.sleep(1)
+sys.exit(75)
+"""
+    ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 75, ended.stderr
+
+
+def test_pieces_that_were_left_for_later_are_scored_as_one_batch():
+    calls = []
+
+    def noted(at_Q, own):
+        calls.append((at_Q.tolist(), own["x"].tolist(), int(own["slots"])))
+        return assess(at_Q, own["x"])
+
+    assessing = Assessing(lambda r: (np.arange(2), r), noted, overlap=False)
+    for i in range(2):
+        assessing.add({"x": np.array([i, i + 2]), "slots": np.array(5)}, i, 2)
+    assessing.result()
+    assert calls == [([0, 1, 2, 3], [0, 1, 2, 3], 10)]

@@ -10,7 +10,7 @@ import runs
 from gtalign_jax.data.prompt import Prompt
 from gtalign_jax.game.chain import render
 from gtalign_jax.pod import share
-from gtalign_jax.reward.judges import Judgement
+from gtalign_jax.reward.judges import JudgeError, Judgement
 from gtalign_jax.reward.scoring import RewardConfig
 from gtalign_jax.rollout.sampler import Rollout
 from gtalign_jax.training import collect
@@ -165,3 +165,20 @@ def test_the_log_has_a_row_for_each_completion_with_the_judges_words(experience)
     game = ("pareto_set", "recommended", "dilemma", "nash_count", "price_of_anarchy")
     assert [rows[1][name] for name in game] == [None] * 5
     assert rows[2]["completion"] == RIGHT and rows[2]["prompt"][0]["content"] == "1 + 1?"
+
+
+def verdict_of(*problems):
+    """Of (source, problem) for each row."""
+    nothing = np.zeros(len(problems))
+    sources, told = zip(*problems, strict=True)
+    return collect.Verdict(nothing, nothing, nothing, nothing, None, told, sources)
+
+
+def test_a_source_whose_judge_is_down_is_not_made_up_for_by_another():
+    algebra, dead = [("math-hard", "")] * 60, [("medium", "connection: refused")] * 40
+    with pytest.raises(JudgeError, match="40 of 40 completions of medium .*; 40 of them by conn"):
+        verdict_of(*algebra, *dead).check(0.5)
+    with pytest.raises(JudgeError, match="40 of 60 completions could not"):
+        verdict_of(*algebra[:20], *dead).check(0.5)
+    verdict_of(*algebra, *dead[:7]).check(0.5)  # too few to be a sign
+    verdict_of(*algebra, *dead[:20], *[("medium", "")] * 20, ("medium", None)).check(0.5)

@@ -1,9 +1,11 @@
 """What becomes of each failure of a judge's server: its cause by name, and no key in any word."""
 
 import base64
+import contextlib
 import logging
 import traceback
 
+import judging
 import pytest
 from judging import asking, config, request, serving
 
@@ -126,7 +128,7 @@ def test_usage_that_makes_no_sense_is_not_believed():
 
 
 @pytest.mark.parametrize("model", ["judge-1", "judge-1-2025-08-06", "judge-1@main", "judge-1:q4",
-                                   "judge-1-latest", "judge-1-v2.1", ""])
+                                   "judge-1-latest", "judge-1-v1:0", ""])
 def test_a_name_with_a_date_or_revision_is_the_one_asked_for(model):
     assert _answered([model] * 3) == [1.0] * 3
 
@@ -287,3 +289,31 @@ def test_a_judgement_says_how_often_it_was_asked_for_and_how_long_it_took():
         (found,) = ask([request("500 once")])
     assert isinstance(found, Judgement) and found.attempts == 2 and 0.1 <= found.seconds < 20
     assert not found.stored
+
+
+def test_a_reply_that_its_server_broke_off_is_missing_whatever_it_says_so_far(monkeypatch):
+    monkeypatch.setattr(judging._Handler, "say", lambda self, text, asked, finish="stop":
+                        self.reply(200, judging.chat(asked, text, "abort")))
+    with serving() as server, asking(server, retries=0) as ask:
+        (found,) = ask([request("x")])
+    assert found.score is None and found.cause == "truncated" and "'abort'" in found.error
+
+
+def test_a_password_in_an_address_is_masked_however_a_server_repeats_it():
+    cfg = config(base_url="http://alice:s3cretpw99@127.0.0.1:9/v1")
+    endpoint = endpoints.Endpoint(cfg, cfg.urls[0])
+    echo = "Basic YWxpY2U6czNjcmV0cHc5OQ== or alice:s3cretpw99, s3cretpw99"
+    told = endpoint._without_secrets(echo)
+    assert told.count("***") == 3 and "s3cret" not in told and "YWxp" not in told
+
+
+def test_what_a_pre_flight_has_sent_counts_against_the_limits_of_the_run():
+    with serving() as server:
+        with asking(server, requests_per_minute=3) as first:
+            first([request(f"x {i}") for i in range(3)])
+            sent = first.sent()
+        assert len(sent) == 3
+        judge = HttpJudge(config(server, requests_per_minute=3, deadline_s=0.5), sent)
+        with contextlib.closing(judge):
+            assert [j.cause for j in judge([request("y")])] == ["deadline"]
+        assert len(server.asked) == 3

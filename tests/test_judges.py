@@ -1,5 +1,6 @@
 """Judges: the verdict's grammar, the rules, and what a config may say."""
 
+import re
 import time
 
 import pytest
@@ -90,3 +91,29 @@ def test_sources_with_a_rule_do_not_cost_a_call():
         ruled, asked = judge([request("12", "builtin-arithmetic"), request("x")])
     assert ruled.reply == "rule" and asked.score == 1.0
     assert server.counts() == {"x": 1}
+
+
+@pytest.mark.parametrize(("fields", "reason"), [
+    ({"base_url": "user:pw123456@host/v1"}, "judge.base_url must be http"),
+    ({"base_url": "http://host/v1?key=abc"}, "judge.base_url has a query"),
+    ({"store": "gs://bucket/x"}, "judge.store='gs://bucket/x': allowed is a local directory"),
+    ({"temperature": float("nan")}, "judge.temperature=nan must be >= 0"),
+    ({"extra_body": "[1]"}, "is no JSON object"),
+    ({"extra_body": '{"chat_template_kwargs": 3}'}, "chat_template_kwargs must be an object"),
+])
+def test_an_address_a_store_or_a_number_that_cannot_be_meant_is_refused(fields, reason):
+    with pytest.raises(ValueError, match=re.escape(reason)) as refused:
+        JudgeConfig(**{"kind": "http", "base_url": "http://h/v1", "model": "m"} | fields)
+    assert "pw123456" not in str(refused.value) and "abc" not in str(refused.value)
+
+
+def test_grades_are_compared_as_they_are_shown():
+    thirds = (0.0, 1 / 3, 1.0)
+    assert read_verdict("<verdict>0.333333</verdict>", UNIT, thirds).score == 1 / 3
+    assert read_verdict("<verdict>0.34</verdict>", UNIT, thirds).cause == "off_scale"
+
+
+def test_a_verdict_in_thoughts_that_never_end_does_not_count():
+    found = read_verdict("Okay. <think>maybe <verdict>1</verdict>", UNIT, UNIT)
+    assert found.score is None and found.cause == "truncated"
+    assert read_verdict("<think>0?</think><verdict>1</verdict>", UNIT, UNIT).score == 1.0

@@ -168,7 +168,8 @@ def programs(config: Config, model: ModelConfig, mesh: Mesh) -> list[Program]:
         out += _evaluate(run)
     if "grpo" in config.stages:
         out += _grpo(run)
-    return _with_judge(run, out) if config.judge.kind == "jax" else out
+    judges = config.judge.kind == "jax" and config.judge.mode == "live"
+    return _with_judge(run, out) if judges else out
 
 
 def _program(name: str, stage: str, calls: int, function: Callable, arguments: tuple,

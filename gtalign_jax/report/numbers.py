@@ -237,7 +237,8 @@ def cost(data: RunData) -> dict[str, Any]:
 def judge_calls(rows: Sequence[Row], config: Mapping[str, Any] | None) -> int | None:
     """Judgements that a server was asked for (repeated attempts not counted); None if unknown.
 
-    Mathematics is asked of nobody where it is compared by algebra.
+    Rows say how often a judge was asked; in older ones, mathematics is taken to be compared by
+    algebra, where it may be.
     """
     if config is None or "judge" not in config:
         return None
@@ -245,7 +246,9 @@ def judge_calls(rows: Sequence[Row], config: Mapping[str, Any] | None) -> int | 
         return 0
     algebra = config["reward"]["math"] != "judge"
     return sum(
-        max(row["replies"] - (algebra and _is_math(row)), 0) for row in rows
+        max(row["replies"] - (algebra and _is_math(row)), 0)
+        if row.get("judge_attempts") is None else int(row["judge_attempts"] > 0)
+        for row in rows
     )
 
 

@@ -41,11 +41,11 @@ MIN_SECRET_CHARS = 8  # a shorter key ("none", "EMPTY") protects nothing, and is
 SAID = ("refused", "truncated", "unparsable", "off_scale")
 # The client looks at all of its connections for each request: several small pools are faster.
 CONNECTIONS_PER_CLIENT = 32
-# Between two requests that begin, about what the client computes for one. Requests that begin at
-# once are all sent only when the last one is ready, and so are those that follow their answers.
-START_GAP_S = 0.002
 
-_DATED = re.compile(r"[-@:._]v?\d[\w.-]*|[@:]\w+|-latest")
+# A date or revision behind a name: -0613, -20250929, -2024-08-06, -v1:0, @main, :latest, -latest.
+_DATED = re.compile(r"[-_](?:\d{4}|\d{6}|\d{8}|\d{4}-\d{2}-\d{2}|v\d+(?::\d+)?)|[@:]\w+|-latest")
+# How a reply ends that was not broken off; some servers say nothing.
+_ENDED = ("stop", "eos_token", "stop_sequence", "eos", "", None)
 
 log = logging.getLogger(__name__)
 
@@ -65,12 +65,14 @@ class Endpoint:
     def __init__(self, cfg: JudgeConfig, url: str):
         self._cfg, self.url, self.in_flight = cfg, shown_url(url), 0
         key, user = _key(cfg.api_key_env), _user(url)
-        self._secrets = [secret for secret in (key, urllib.parse.unquote(user), user)
-                         if len(secret) >= MIN_SECRET_CHARS]
         # The transport logs the address: user and password travel in the header alone.
         parts = urllib.parse.urlsplit(url)
         bare = urllib.parse.urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
-        basic = base64.b64encode(urllib.parse.unquote(user).encode()).decode()
+        basic = base64.b64encode(urllib.parse.unquote(user).encode()).decode() if user else ""
+        password = user.partition(":")[2]
+        secrets = (key, urllib.parse.unquote(user), user, basic, urllib.parse.unquote(password),
+                   password)
+        self._secrets = [secret for secret in secrets if len(secret) >= MIN_SECRET_CHARS]
         self._clients = [
             openai.AsyncOpenAI(
                 base_url=bare, max_retries=0, timeout=cfg.timeout_s,
@@ -80,7 +82,6 @@ class Endpoint:
             for _ in range(math.ceil(cfg.concurrency / CONNECTIONS_PER_CLIENT))
         ]
         self._next_client = itertools.cycle(self._clients)
-        self._starts = asyncio.Lock()
         self._more_fields = cfg.more_fields()
         self._failures, self._pause_s = 0, 0.0
         self._known_as: str | None = None
@@ -101,22 +102,22 @@ class Endpoint:
         """The models that the server lists. Raises ValueError that says why it lists none."""
         try:
             page = await asyncio.wait_for(self._clients[0].models.list(), self._cfg.timeout_s)
-            return [str(model.id) for model in page.data]
+            return [model.id for model in page.data if isinstance(model.id, str)]
         except TimeoutError:
             raise ValueError(f"no answer within {self._cfg.timeout_s:g} s") from None
         except openai.APIStatusError as error:  # somebody is there
             words = self._without_secrets(f"HTTP {error.status_code}: {error.message}")
             raise ValueError(words[:300]) from None
-        except Exception as error:  # whatever the client makes of an answer: its words
+        except openai.APIConnectionError as error:
             raise ValueError(self._without_secrets(_why(error))[:300]) from None
+        except Exception:  # whatever the client makes of an answer: somebody is there
+            raise ValueError("HTTP 200: no list of models") from None
 
     async def attempt(self, request: JudgeRequest) -> Attempt:
         """Asks once."""
+        began = time.monotonic()
         self.in_flight += 1
         try:
-            async with self._starts:
-                await asyncio.sleep(START_GAP_S)
-            began = time.monotonic()
             attempt = await self._ask(request)
         finally:
             self.in_flight -= 1
@@ -154,7 +155,7 @@ class Endpoint:
             return self._failed("timeout", f"{type(error).__name__}: {error}")
         except openai.APIConnectionError as error:
             return self._failed("connection", _why(error))
-        except (openai.OpenAIError, ValueError, TypeError, RecursionError) as error:  # no answer
+        except Exception as error:  # whatever the client makes of a body that is no answer
             return self._failed("unreadable", f"unreadable answer: {type(error).__name__}: {error}")
         return self._read(answer, request)
 
@@ -175,7 +176,7 @@ class Endpoint:
         if choice is None:
             return self._failed("unreadable", "the answer holds no text")
         tokens = getattr(answer.usage, "total_tokens", None)
-        tokens = tokens if isinstance(tokens, int) and tokens > 0 else None
+        tokens = tokens if type(tokens) is int and tokens > 0 else None
         message = choice.message
         text = message.content if isinstance(message.content, str) else None
         if self._is_another(answer.model):
@@ -188,6 +189,8 @@ class Endpoint:
         elif choice.finish_reason == "length":
             told = f"cut after judge.max_tokens={self._cfg.max_tokens} tokens"
             found = missing("truncated", told, text)
+        elif not any(choice.finish_reason == end for end in _ENDED):
+            found = missing("truncated", f"the reply ended by {choice.finish_reason!r}", text)
         else:
             found = read_verdict(text, *scale_of(request))
         clean = dataclasses.replace(found, reply=self._without_secrets(found.reply),

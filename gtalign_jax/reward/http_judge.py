@@ -25,7 +25,7 @@ from gtalign_jax.reward import prompts
 from gtalign_jax.reward.endpoints import Attempt, Endpoint, choose
 from gtalign_jax.reward.judge_config import JudgeConfig
 from gtalign_jax.reward.judges import Judgement, JudgeRequest, missing
-from gtalign_jax.reward.limits import Limits
+from gtalign_jax.reward.limits import Limits, Sent
 
 MAX_DELAY_S = 30.0
 CHARS_PER_TOKEN = 3.0  # a cautious guess for the limit of tokens, until the server has counted
@@ -36,8 +36,9 @@ Told = Callable[[int, Judgement], None]
 class HttpJudge:
     """Callable judge; see the module. Safe to call from any thread, also inside an event loop."""
 
-    def __init__(self, cfg: JudgeConfig):
-        self._cfg = cfg
+    def __init__(self, cfg: JudgeConfig, before: Sequence[Sent] = ()):
+        """`before`: what was sent under the same limits (`sent` of another judge)."""
+        self._cfg, self._before = cfg, before
         self._starting = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
@@ -53,6 +54,10 @@ class HttpJudge:
     def models(self) -> dict[str, list[str] | str]:
         """By server's address: the models that it lists, or why it lists none."""
         return self._run(self._models())
+
+    def sent(self) -> list[Sent]:
+        """What counts against its limits."""
+        return self._limits.sent() if self._loop is not None else list(self._before)
 
     def close(self) -> None:
         """Ends calls that are under way (they raise CancelledError), connections and the thread."""
@@ -92,7 +97,7 @@ class HttpJudge:
         cfg = self._cfg
         self._endpoints = [Endpoint(cfg, url) for url in cfg.urls]
         self._slots = asyncio.Semaphore(cfg.concurrency)
-        self._limits = Limits(cfg.requests_per_minute, cfg.tokens_per_minute)
+        self._limits = Limits(cfg.requests_per_minute, cfg.tokens_per_minute, before=self._before)
 
     async def _models(self) -> dict[str, list[str] | str]:
         async def one(endpoint: Endpoint) -> list[str] | str:
@@ -135,18 +140,21 @@ class HttpJudge:
         if too_long:
             return missing("too_long", too_long)
         tried: set[Endpoint] = set()
+        may_pass = False  # at one of the servers that were tried
         for attempt in range(self._cfg.retries + 1):
             endpoint, ended = await self._attempt(request, tried)
             judgement = dataclasses.replace(ended.judgement, attempts=attempt + 1)
             tried.add(endpoint)
+            may_pass |= ended.may_pass
             is_left = choose(self._endpoints, tried) not in tried  # a server that knows more?
-            is_last = attempt == self._cfg.retries or not (ended.may_pass or is_left)
+            is_last = attempt == self._cfg.retries or not (may_pass or is_left)
             if judgement.score is not None or is_last:
                 return judgement
             failed(judgement)
             if not is_left:
                 await asyncio.sleep(_backoff_s(attempt))
                 tried.clear()
+                may_pass = False
         raise AssertionError("unreachable")
 
     async def _attempt(self, request: JudgeRequest, tried: Collection[Endpoint]
@@ -202,4 +210,4 @@ def _tokens(request: JudgeRequest, cfg: JudgeConfig) -> int:
 
 
 def _backoff_s(attempt: int) -> float:
-    return min(2**attempt / 2, MAX_DELAY_S) * random.uniform(0.5, 1.0)
+    return min(2.0 ** min(attempt, 10) / 2, MAX_DELAY_S) * random.uniform(0.5, 1.0)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+import urllib.parse
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -27,7 +29,8 @@ class JudgeConfig:
         the processes of a pod share them evenly.
       timeout_s: seconds of one attempt, waiting in our own queues not counted.
       retries: attempts after the first, for failures that may pass.
-      deadline_s: seconds for all judging of a step, waiting included; what is late is missing.
+      deadline_s: seconds for what is judged at once, waiting included: a piece of a step, or an
+        evaluation; what is late is missing.
       max_missing: the largest share of a step's judgements that may fail before the run stops.
       mode: "replay" answers from the store alone, without a network.
       store: directory of the judgements; empty: WORKDIR/judgements; "none": nothing is kept.
@@ -74,6 +77,11 @@ class JudgeConfig:
         for name in needed.get(self.kind, ()):
             if not getattr(self, name).strip(" ,"):
                 raise ValueError(f"judge.{name} is empty; judge.kind={self.kind!r} needs it")
+        parts = [urllib.parse.urlsplit(url) for url in self.urls]
+        if any(part.scheme not in ("http", "https") or not part.hostname for part in parts):
+            # Not repeated: it may hold a password.
+            raise ValueError("judge.base_url must be http://HOST/PATH or https://HOST/PATH, or "
+                             "several separated by commas")
         if any("?" in url for url in self.urls):  # it would be logged, and may hold a key
             raise ValueError("judge.base_url has a query (?…); allowed: scheme, host and path; a "
                              "key comes from the environment (judge.api_key_env)")
@@ -81,7 +89,7 @@ class JudgeConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"judge.{name}={getattr(self, name)} must be >= 1")
         for name in ("retries", "requests_per_minute", "tokens_per_minute", "temperature"):
-            if not getattr(self, name) >= 0:  # NaN, too
+            if not 0 <= getattr(self, name) < math.inf:  # nor NaN
                 raise ValueError(f"judge.{name}={getattr(self, name)} must be >= 0")
         for name in ("timeout_s", "deadline_s"):
             if not getattr(self, name) > 0:
@@ -96,6 +104,8 @@ class JudgeConfig:
                 f"judge.tokens_per_minute={self.tokens_per_minute} is less than judge.max_tokens="
                 f"{self.max_tokens}: no reply would ever fit"
             )
+        if "://" in self.store:
+            raise ValueError(f"judge.store={self.store!r}: allowed is a local directory, or 'none'")
         if self.mode == "replay" and self.store == "none":
             raise ValueError("judge.mode='replay' with judge.store='none': nothing to replay")
         self.more_fields()
@@ -138,6 +148,11 @@ class JudgeConfig:
                     f"judge.{name}={getattr(self, name)} cannot be shared by {processes} "
                     f"processes; it must be >= {processes}"
                 )
+        if 0 < parts["tokens_per_minute"] < self.max_tokens:
+            raise ValueError(
+                f"judge.tokens_per_minute={self.tokens_per_minute}: each of {processes} processes "
+                f"would have less than judge.max_tokens={self.max_tokens}"
+            )
         return dataclasses.replace(self, **parts)
 
     def identity(self) -> dict[str, Any]:

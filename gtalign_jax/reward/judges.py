@@ -5,6 +5,7 @@ that could not be judged comes back with score None, and that is not a score of 
 leaves such a completion out. Knows no welfare.
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -117,8 +118,9 @@ def read_verdict(reply: str, scale: tuple[float, float], grades: tuple[float, ..
     if not verdicts:
         return missing("unparsable", "no <verdict>NUMBER</verdict> in the reply", reply)
     score = float(verdicts[-1])
-    allowed = score in grades if grades else scale[0] <= score <= scale[1]
-    if not allowed:
+    if grades:  # as they are shown to the judge: 1/3 is "0.333333" there
+        score = next((grade for grade in grades if f"{grade:g}" == f"{score:g}"), math.nan)
+    if not scale[0] <= score <= scale[1]:
         known = ", ".join(f"{g:g}" for g in grades) or f"{scale[0]:g} to {scale[1]:g}"
         off = f"verdict {verdicts[-1][:20]} is off the scale ({known})"
         return missing("off_scale", off, reply)
@@ -159,14 +161,18 @@ def _by_rule(request: JudgeRequest, rules: Mapping[str, Rule]) -> Judgement:
         return missing("no_judge", reason)
     try:
         measured = tasks.Measured.of(rule(request))
-        _check_components(request, measured)
+        _check_measured(request, measured)
     except Exception as error:  # a user's rule may raise whatever it likes: one row, not the batch
-        return missing("task_error", f"the rule of {request.data_source!r}: {error!r}")
+        return missing("task_error", f"the rule of {request.data_source!r}: {tasks.told(error)}")
     return Judgement(measured.score, "rule", components=measured.components)
 
 
-def _check_components(request: JudgeRequest, measured: tasks.Measured) -> None:
+def _check_measured(request: JudgeRequest, measured: tasks.Measured) -> None:
     declared = request.task.components if request.task else ()
+    if request.task is not None and request.task.rule is not None:
+        low, high = request.task.scale
+        if not low <= measured.score <= high:
+            raise ValueError(f"the score {measured.score:g} is off the scale {low:g} to {high:g}")
     if set(measured.components) != set(declared):
         raise ValueError(f"components {sorted(measured.components)}; declared: {sorted(declared)}")
 

@@ -7,10 +7,13 @@ twice the rate through in the minute after a pause.
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 WINDOW_S = 61.0  # a minute, and what a request may take on its way to the server
+# Between two requests, about what a client computes for one. Requests that begin at once are all
+# sent only when the last one is ready, and so are those that follow their answers.
+START_GAP_S = 0.002
 MAX_SLEEP_S = 1.0  # what keeps the next request back may end before it said
 
 
@@ -30,12 +33,13 @@ class Limits:
     Args:
       requests, tokens: the most that may be sent within any `WINDOW_S` seconds; 0: no limit.
       clock: seconds that never go back.
+      before: what was sent already, by somebody else.
     """
 
     def __init__(self, requests: int, tokens: int,
-                 clock: Callable[[], float] = time.monotonic):
+                 clock: Callable[[], float] = time.monotonic, before: Iterable[Sent] = ()):
         self._requests, self._tokens, self._clock = requests, tokens, clock
-        self._sent: deque[Sent] = deque()
+        self._sent: deque[Sent] = deque(before)
         self._turn = asyncio.Lock()
 
     async def take(self, tokens: int, is_open: Callable[[], float] = lambda: 0.0) -> Sent:
@@ -46,12 +50,17 @@ class Limits:
         if self._tokens:
             tokens = min(tokens, self._tokens)
         async with self._turn:  # a lock is fair: nobody small overtakes somebody large for ever
+            await asyncio.sleep(START_GAP_S)
             while (wait_s := max(self._wait_s(tokens), is_open())) > 0:
                 await asyncio.sleep(min(wait_s, MAX_SLEEP_S))
             sent = Sent(self._clock(), tokens)
             if self._requests or self._tokens:
                 self._sent.append(sent)
             return sent
+
+    def sent(self) -> list[Sent]:
+        """What counts against the limits, the oldest first."""
+        return list(self._sent)
 
     def settle(self, sent: Sent, tokens: int) -> None:
         """It used other `tokens` than counted. More than the limit would block for a minute."""

@@ -20,6 +20,7 @@ import re
 import select
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -193,6 +194,9 @@ class _Worker:
         return line
 
 
+_LOCK = threading.Lock()
+
+
 @functools.cache
 def _shared_checker() -> MathChecker:
     checker = MathChecker()
@@ -202,7 +206,9 @@ def _shared_checker() -> MathChecker:
 
 def equivalent(pairs: Sequence[tuple[str, str]]) -> list[tuple[float | None, str]]:
     """`MathChecker` with the processes of this program, (ground truth, response) each."""
-    return _shared_checker()(pairs)
+    with _LOCK:  # batches are scored by several threads
+        checker = _shared_checker()
+    return checker(pairs)
 
 
 def _serve() -> None:
@@ -224,15 +230,22 @@ def _serve() -> None:
 def _compare(math_verify: Any, truth: str, answer: str) -> dict[str, Any]:
     answer = as_latex(answer, in_prose="\\boxed" not in answer and "$" not in answer)
     limit = {"parsing_timeout": SOFT_TIMEOUT_S}
+    # The library ends what takes it too long without a word: as unreadable, or as unequal.
+    began = time.monotonic()
+    is_late = lambda: time.monotonic() - began >= SOFT_TIMEOUT_S  # noqa: E731
+    late = {"equal": False, "note": f"{UNSETTLED}in time: counted as unequal"}
     try:
         gold = math_verify.parse(f"\\boxed{{{as_latex(truth)}}}", **limit)
         if not gold:
-            return {"equal": None, "note": f"the reference {truth[:80]!r} cannot be read"}
+            unread = {"equal": None, "note": f"the reference {truth[:80]!r} cannot be read"}
+            return late if is_late() else unread
         found = math_verify.parse(answer, **limit)
         equal = math_verify.verify(gold, found, timeout_seconds=SOFT_TIMEOUT_S)
     except (MemoryError, RecursionError) as error:
         note = f"{UNSETTLED}for {type(error).__name__}: counted as unequal"
         return {"equal": False, "note": note}
+    if not equal and is_late():
+        return late
     return {"equal": bool(equal), "note": f"read as {str(found[:1])[:200]}"}
 
 

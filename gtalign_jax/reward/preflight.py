@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from gtalign_jax.reward import tasks
 from gtalign_jax.reward.judge_config import JudgeConfig
 from gtalign_jax.reward.judges import Judgement, JudgeRequest, scale_of
+from gtalign_jax.reward.limits import WINDOW_S
 
 MAX_TIMEOUT_S = 30.0
 RETRIES = 2  # a server that has a name of its own for the model is believed at the third time
@@ -23,8 +24,9 @@ log = logging.getLogger(__name__)
 def patience(cfg: JudgeConfig) -> JudgeConfig:
     """The same judge, given up on sooner."""
     timeout_s = min(cfg.timeout_s, MAX_TIMEOUT_S)
+    waits_s = 3 * WINDOW_S if cfg.requests_per_minute or cfg.tokens_per_minute else 0.0
     return dataclasses.replace(cfg, timeout_s=timeout_s, retries=RETRIES,
-                               deadline_s=min(cfg.deadline_s, 2 * timeout_s))
+                               deadline_s=min(cfg.deadline_s, 2 * timeout_s + waits_s))
 
 
 def check_models(cfg: JudgeConfig, models: Mapping[str, Sequence[str] | str]) -> str | None:
@@ -36,7 +38,7 @@ def check_models(cfg: JudgeConfig, models: Mapping[str, Sequence[str] | str]) ->
               if isinstance(why, str) and not why.startswith("HTTP ")}
     told = "; ".join(f"{url}: {why}" for url, why in silent.items())
     if len(silent) == len(models):
-        return f"judge.base_url={cfg.base_url}: nobody answers ({told})"
+        return f"judge.base_url: nobody answers ({told})"
     if silent:
         log.warning("judge.base_url: %s; the other servers are asked", told)
     for url, listed in models.items():

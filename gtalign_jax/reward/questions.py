@@ -97,7 +97,7 @@ def qualities(
                 raise ValueError(f"{values} must lie in [0, 1]")
             found[row] = values
         except Exception as error:  # a user's task may raise whatever it likes
-            told = f"to_qualities of {task.name!r}: {error!r}"
+            told = f"to_qualities of {task.name!r}: {tasks.told(error)}"
             quality[row] = missing("task_error", told, judgement.reply)
     return found
 

@@ -90,8 +90,9 @@ class RewardConfig:
                 f"reward.consistency={self.consistency!r} with reward.reasoning='none': there is "
                 "no analysis to be consistent; allowed: none"
             )
-        for path in self.tasks:
-            tasks.imported(path)
+        names = [tasks.imported(path).name for path in self.tasks]
+        if len(set(names)) < len(names):
+            raise ValueError(f"reward.tasks={self.tasks}: two tasks of one name: {names}")
         if math.isnan(self.rho):
             raise ValueError("reward.rho is NaN; any other number is allowed, infinities too")
         if self.latency_chars <= 0:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 from gtalign_jax.reward.bleu import char_bleu
+from gtalign_jax.reward.factors import NAMES as FACTORS
 
 
 class Qualities(NamedTuple):
@@ -82,6 +83,12 @@ class Task:
         if self.measure not in ("math", "judge", "rule"):
             raise ValueError(
                 f"task {self.name!r}: measure={self.measure!r}; allowed: math, judge, rule")
+        taken = sorted(set(self.components) & set(FACTORS))
+        if taken:
+            raise ValueError(f"task {self.name!r}: components {taken} have the names of factors")
+        if self.golden is not None and [type(part) for part in self.golden] != [str] * 3:
+            raise ValueError(f"task {self.name!r}: golden={self.golden!r}; expected three texts: "
+                             "question, ground truth, a response that is right")
         if self.components and self.rule is None:
             raise ValueError(f"task {self.name!r}: components={self.components} without a rule")
 
@@ -217,6 +224,14 @@ def task_of(data_source: str, more: tuple[str, ...] = ()) -> Task:
         raise ValueError(f"data_source {data_source!r} is unknown; known: {known}; reward.tasks "
                          "adds your own")
     return TASKS[data_source]
+
+
+def told(error: Exception) -> str:
+    """Kind and words of an error of the user's code, whose words may fail as well."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:
+        return type(error).__name__
 
 
 def component_names(more: tuple[str, ...]) -> tuple[str, ...]:

@@ -9,16 +9,32 @@ judging, not both. A judge that works on the run's own devices gains nothing by 
 asked by all processes in turn: then (`overlap` False) nothing begins before `result`.
 """
 
+import atexit
 import dataclasses
 import threading
+import time
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
+import jax
 import numpy as np
 
 from gtalign_jax.pod import share
 from gtalign_jax.rollout.sampler import Rollout
+
+EXIT_S = 5.0  # what threads that compute get to come to an end when the program does
+_threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+
+
+@atexit.register
+def _let_finish() -> None:
+    """A thread inside of JAX when Python is taken down would abort the process, and its status
+    with it. One that waits for a judge is abandoned harmlessly."""
+    end = time.monotonic() + EXIT_S
+    for thread in list(_threads):
+        thread.join(max(end - time.monotonic(), 0.0))
 
 
 class Assessing:
@@ -34,11 +50,14 @@ class Assessing:
                  assess: Callable[[np.ndarray, Rollout], Any], overlap: bool):
         self._fetch, self._assess, self._overlap = fetch, assess, overlap
         self._parts: list[Future] = []
-        self._later: list[Callable[[], None]] = []
+        self._later: list[tuple[np.ndarray, Rollout]] = []
 
     def add(self, rollout: Rollout, first: int = 0, stride: int = 1) -> None:
         """Takes the completions of the batch's prompts number `first`, `first + stride` …"""
         rows, own = self._fetch(rollout)
+        if not self._overlap:
+            self._later.append((first + stride * rows, own))
+            return
         part: Future = Future()
         self._parts.append(part)
 
@@ -48,19 +67,29 @@ class Assessing:
             except BaseException as error:  # raised by `result`, in the thread that waits
                 part.set_exception(error)
 
-        if self._overlap:
-            # A daemon: an interrupted run must not wait for a judge that nobody listens to.
-            threading.Thread(target=work, name=f"assess-{first}", daemon=True).start()
-        else:
-            self._later.append(work)
+        # A daemon: an interrupted run must not wait for a judge that nobody listens to.
+        thread = threading.Thread(target=work, name=f"assess-{first}", daemon=True)
+        _threads.add(thread)
+        thread.start()
 
     def result(self) -> Any:
         """The Experience of all that was added, in the order of the batch. Raises what scoring
         raised."""
-        while self._later:
-            self._later.pop(0)()
+        if self._later:
+            return self._assess(*_joined(self._later))
         parts = [part.result() for part in self._parts]
         if len(parts) == 1:
             return parts[0]
         whole = share.in_order([(part.rows_B, part) for part in parts])
         return dataclasses.replace(whole, slots=sum(part.slots for part in parts))
+
+
+def _joined(parts: list[tuple[np.ndarray, Rollout]]) -> tuple[np.ndarray, Rollout]:
+    """All pieces as one, in the order of the batch: a judge of batches wants full ones."""
+    at = np.concatenate([rows for rows, _ in parts])
+    order = np.argsort(at)
+    whole = jax.tree.map(
+        lambda *xs: np.concatenate(xs)[order] if np.ndim(xs[0]) else np.sum(xs),
+        *[own for _, own in parts],
+    )
+    return at[order], whole

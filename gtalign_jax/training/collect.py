@@ -35,6 +35,8 @@ from gtalign_jax.training.micro import piece_count, uncut
 
 log = logging.getLogger(__name__)
 
+MIN_PROBLEMS = 8  # fewer judgements that fail are no sign, where few completions can be judged
+
 
 @dataclasses.dataclass(frozen=True)
 class Experience:
@@ -77,8 +79,9 @@ class Experience:
         named = self.scores.factors | self.scores.components
         values_B = named[filter_on] if filter_on else None
         problem_B = tuple(map(_problem, self.scores.judgements, self.scores.consistency_judgements))
+        sources_B = tuple(prompt.data_source for prompt in self.prompts)
         own = Verdict(self.scores.reward_B, self.scores.valid_B, self.stopped_B, self.lengths_B,
-                      values_B, problem_B)
+                      values_B, problem_B, sources_B)
         return share.everywhere(own, self.rows_B, "verdict")
 
 
@@ -88,6 +91,7 @@ class Verdict:
 
     filter_B: the factor that `grpo.filter_on` names; None where it names none.
     problem_B: of rows that were to be judged "" or what went wrong, "cause: words"; None of others.
+    sources_B: their data sources.
     """
 
     reward_B: np.ndarray
@@ -96,20 +100,25 @@ class Verdict:
     lengths_B: np.ndarray
     filter_B: np.ndarray | None = None
     problem_B: tuple[str | None, ...] = ()
+    sources_B: tuple[str, ...] = ()
 
     def check(self, max_missing: float) -> None:
-        """Raises JudgeError where a larger share of the judgements is missing."""
-        wanted = [problem for problem in self.problem_B if problem is not None]
-        problems = [problem for problem in wanted if problem]
-        if not problems or len(problems) <= max_missing * len(wanted):
-            return
-        causes = Counter(problem.partition(": ")[0] for problem in problems)
-        cause, count = causes.most_common(1)[0]
-        example = next(p for p in problems if p.startswith(f"{cause}: "))
-        raise JudgeError(
-            f"{len(problems)} of {len(wanted)} completions could not be judged, more than "
-            f"judge.max_missing={max_missing:g} allows; {count} of them by {example}"
-        )
+        """Raises JudgeError where MIN_PROBLEMS judgements, and a larger share, are missing: of all,
+        or of one source. Algebra and rules do not make up for a judge that is down."""
+        for source in ("", *sorted(set(self.sources_B))):
+            wanted = [problem for problem, of in zip(self.problem_B, self.sources_B, strict=True)
+                      if problem is not None and source in ("", of)]
+            problems = [problem for problem in wanted if problem]
+            if len(problems) < MIN_PROBLEMS or len(problems) <= max_missing * len(wanted):
+                continue
+            causes = Counter(problem.partition(": ")[0] for problem in problems)
+            cause, count = causes.most_common(1)[0]
+            example = next(p for p in problems if p.startswith(f"{cause}: "))
+            of = f" of {source}" if source else ""
+            raise JudgeError(
+                f"{len(problems)} of {len(wanted)} completions{of} could not be judged, more than "
+                f"judge.max_missing={max_missing:g} allows; {count} of them by {example}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,9 +239,11 @@ def _mention_missing(scores: Scores) -> None:
     missing = int((~scores.valid_B).sum())
     if missing:
         asked = (*scores.judgements, *scores.consistency_judgements)
-        reason = next(j.error for j in asked if j is not None and j.score is None)
-        log.warning("%d of %d completions have no score and are left out, one because: %s",
-                    missing, len(scores.valid_B), reason)
+        bad = [j for j in asked if j is not None and j.score is None]
+        (cause, count), *_ = Counter(j.cause for j in bad).most_common(1)
+        reason = next(j.error for j in bad if j.cause == cause)
+        log.warning("%d of %d completions have no score and are left out, %d because: %s",
+                    missing, len(scores.valid_B), count, reason)
 
 
 def mean(values: Any, where: Any = None) -> float:

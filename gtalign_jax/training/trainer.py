@@ -19,6 +19,7 @@ import dataclasses
 import functools
 import logging
 import math
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +32,7 @@ from gtalign_jax.model.spec import ModelConfig, Params
 from gtalign_jax.pod import share
 from gtalign_jax.pod.notice import Notice, Preempted
 from gtalign_jax.pod.watch import Watch
+from gtalign_jax.reward.judges import JudgeError
 from gtalign_jax.rollout.state import Rollout
 from gtalign_jax.training import sft as sft_lib
 from gtalign_jax.training.assessing import Assessing
@@ -189,12 +191,17 @@ def train_grpo(stage: Stage, fresh: Callable[[], TrainState], abstract: TrainSta
 
     def step_fn(state: TrainState, step: int) -> tuple[TrainState, dict[str, float]]:
         with timer("rollout", step + 1):
-            prompts, rollout, assessing = sampling.take(state.params, step)
+            now = sampling.take(state.params, step)
+            prompts, rollout = now.prompts, now.rollout
             batch = learner.begin(state, reference, prompts, rollout)  # while the host scores
         with timer("reward", step + 1):
-            experience = assessing.result()
+            experience = now.assessing.result()
             verdict = experience.verdict(cfg.filter_on)
-            verdict.check(collect.max_missing)
+            try:
+                verdict.check(collect.max_missing)
+            except JudgeError:  # its replies are what one wants to read then
+                _log(experience, rollouts, step + 1, rollout.tokens_QGT.shape[2])
+                raise
         with timer("update", step + 1):
             adv_QG = learner.signal(prompts, verdict)
             plans = learner.plans(verdict, adv_QG, rollout.tokens_QGT.shape[2])
@@ -208,12 +215,22 @@ def train_grpo(stage: Stage, fresh: Callable[[], TrainState], abstract: TrainSta
         for warning in suspicions.add(step + 1, metrics):
             log.warning("%s", warning)
         spent = timer.take()
-        if "rollout/length" in metrics:
+        if "rollout/length" in metrics and now.seconds:
             tokens = metrics["rollout/length"] * adv_QG.size
-            metrics["perf/tokens_per_s"] = tokens / spent["time/rollout"]
+            metrics["perf/tokens_per_s"] = tokens / now.seconds
         return state, metrics | spent
 
     return stage.run(state, key, done, step_fn, after, sampling.pending)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sampled:
+    """Completions whose judging has begun. `seconds`: of sampling; 0 if a checkpoint held them."""
+
+    prompts: PromptBatch
+    rollout: Rollout
+    assessing: Assessing
+    seconds: float
 
 
 @dataclasses.dataclass
@@ -227,21 +244,22 @@ class _Sampling:
     cfg: GRPOConfig
     stage: Stage
     key: jax.Array
-    next: tuple[PromptBatch, Rollout, Assessing] | None = None
+    next: _Sampled | None = None
 
-    def take(self, params: Params, step: int) -> tuple[PromptBatch, Rollout, Assessing]:
+    def take(self, params: Params, step: int) -> _Sampled:
         """What is learnt from in a step; its judging has begun."""
         now, self.next = self.next or self._sample(params, step), None
         if self.cfg.ahead:  # after the last step, too: the run may be prolonged
             self.next = self._sample(params, step + 1)
         return now
 
-    def _sample(self, params: Params, step: int) -> tuple[PromptBatch, Rollout, Assessing]:
-        prompts = self._prompts(step)
+    def _sample(self, params: Params, step: int) -> _Sampled:
+        prompts, began = self._prompts(step), time.perf_counter()
         assessing = self.collect.assessing(prompts, needed=step < self.stage.steps)
         policy = self.learner.reshard(params)  # gone at the end: the update needs its place
         key = named_key(self.key, "rollout", step)
-        return prompts, self.collect.roll(policy, prompts, key, assessing.add), assessing
+        rollout = self.collect.roll(policy, prompts, key, assessing.add)
+        return _Sampled(prompts, rollout, assessing, time.perf_counter() - began)
 
     def _prompts(self, step: int) -> PromptBatch:
         size = self.cfg.prompts_per_step
@@ -252,11 +270,11 @@ class _Sampling:
         prompts = self._prompts(step)
         assessing = self.collect.assessing(prompts)
         assessing.add(rollout)
-        self.next = prompts, rollout, assessing
+        self.next = _Sampled(prompts, rollout, assessing, 0.0)
 
     def pending(self) -> dict[str, Any]:
         """What a checkpoint must hold."""
-        return {"pending": self.next[1]} if self.next else {}
+        return {"pending": self.next.rollout} if self.next else {}
 
 
 def _log(experience: Experience, rollouts: RolloutLog, step: int, limit: int) -> dict[str, float]:
