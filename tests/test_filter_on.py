@@ -74,7 +74,7 @@ def without(b, verdict: Verdict, groups):
     fewer = jax.tree.map(lambda x: jnp.delete(x, np.flatnonzero(groups), axis=0), b)
     return fewer, Verdict(**{
         field.name: np.delete(getattr(verdict, field.name), rows)
-        for field in dataclasses.fields(Verdict) if field.name != "problem_B"
+        for field in dataclasses.fields(Verdict) if field.name not in ("problem_B", "sources_B")
     })
 
 
