@@ -69,6 +69,7 @@ PLAIN_SYSTEM = (
 
 BRIEF_INSTRUCTION = "Write thinking, payoff, analyze, response; act on the best cell."
 
+_TAGS = {name: (f"<{name}>", f"</{name}>") for name in BLOCKS}
 _KEY_SET, _PLAYER_SET, _NUMBERS = frozenset(KEYS), frozenset(PLAYERS), (int, float)
 _CURLY_QUOTES = str.maketrans({"“": '"', "”": '"', "‘": "'", "’": "'"})
 _JOINTS = tuple(
@@ -217,9 +218,10 @@ def _short(value: float) -> int | float:
 
 def _block(text: str, name: str) -> str | None:
     # Two finds, not a lazy regex: many opening tags without a closing one would be quadratic.
-    _, opening, rest = text.partition(f"<{name}>")
-    inside, closing, _ = rest.partition(f"</{name}>")
-    return inside.strip() if opening and closing else None
+    opening, closing = _TAGS[name]
+    start = text.find(opening)
+    end = text.find(closing, start + len(opening)) if start >= 0 else -1
+    return text[start + len(opening) : end].strip() if end >= 0 else None
 
 
 def _is_four_blocks(text: str) -> bool:

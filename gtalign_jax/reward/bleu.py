@@ -47,7 +47,10 @@ def _ngrams(text: str) -> tuple[np.ndarray, np.ndarray]:
     grams = [digits]
     for order in range(1, MAX_ORDER):
         grams.append((grams[-1][:-1] << np.uint64(_DIGIT_BITS)) | digits[order:])
-    return np.unique(np.concatenate(grams), return_counts=True)
+    ordered = np.sort(np.concatenate(grams))  # np.unique does the same, and takes longer
+    changes = np.flatnonzero(ordered[1:] != ordered[:-1]) + 1
+    starts = np.concatenate(([0], changes))
+    return ordered[starts], np.concatenate((changes, [len(ordered)])) - starts
 
 
 # The samples of a prompt share a reference, and come one after the other.
