@@ -32,7 +32,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import math
 import os
 import shutil
 from pathlib import Path
@@ -60,6 +59,7 @@ from gtalign_jax.workdir import Files, is_dir, local
 log = logging.getLogger(__name__)
 
 UNFINISHED = "unfinished"
+NO_DEADLINE_S = 7 * 86_400.0
 PLAN_FILE = "evaluation.json"
 COMPARED = (  # fields of a row that are tested for a difference, where both sides have them
     *compare.MEASURES, "answer", "format", "right_action", "matrix_quality", "tokens",
@@ -78,7 +78,8 @@ def evaluate(config: Config, checkpoint: str = "", baseline: str = "", out: str 
     out = (out or f"{config.workdir}/evaluation").rstrip("/")
     store = config.judge.store or f"{local(out)}/judgements"
     # All completions are judged at once: how long that may take, the watch knows (pod.evaluate_s).
-    judge = dataclasses.replace(config.judge, store=store, deadline_s=math.inf)
+    # Finite, since it is written to config.json, where JSON knows no infinity.
+    judge = dataclasses.replace(config.judge, store=store, deadline_s=NO_DEADLINE_S)
     config = dataclasses.replace(config, judge=judge)
     with Watch(config.pod) as watch:
         is_file = baseline.endswith(".jsonl") or ".jsonl:" in baseline
