@@ -27,6 +27,7 @@ import jax
 from absl import app
 from jax.experimental.compilation_cache import compilation_cache
 
+from gtalign_jax.bench import check_config
 from gtalign_jax.command import carry_out
 from gtalign_jax.config import Config, define_flag, parse_flags
 from gtalign_jax.evaluation import ablation_tables
@@ -43,7 +44,6 @@ from gtalign_jax.report.figures_forest import forest
 from gtalign_jax.report.figures_plane import plane_points
 from gtalign_jax.report.ink import Picture
 from gtalign_jax.run import run as run_one
-from gtalign_jax.session import check_config
 from gtalign_jax.training import plots
 from gtalign_jax.training.checkpoint import flatten
 from gtalign_jax.training.metrics import read_rows

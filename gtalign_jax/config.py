@@ -12,7 +12,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +26,7 @@ from gtalign_jax.freeze import ConfigError, check_overrides, freeze, to_dict
 from gtalign_jax.model.load import ModelSource
 from gtalign_jax.model.sharding import BATCH_AXES, MeshConfig, batch_shards, is_flash
 from gtalign_jax.pod.start import PodConfig, installed
+from gtalign_jax.redact import redact, redact_text
 from gtalign_jax.reward.factors import NAMES as FACTORS
 from gtalign_jax.reward.judge_config import JudgeConfig
 from gtalign_jax.reward.normalizers import NORMALIZERS
@@ -371,30 +372,3 @@ def git_revision() -> str | None:
 def versions() -> dict[str, str | None]:
     """The installed version of each of PACKAGES."""
     return {name: installed(name) for name in PACKAGES}
-
-
-_SECRET_KEY = r"(?:api_?key|secret|password|passwd|(?:access|auth|hf|bearer)_?token|token)"
-_REDACTED = "<redacted>"
-
-
-def redact(tree: Any, key: str = "") -> Any:
-    """Nested dicts and lists without secrets: values of secret-sounding keys, credentials in URLs,
-    and a key pasted where the name of an environment variable belongs."""
-    if isinstance(tree, Mapping):
-        return {name: redact(value, name) for name, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return [redact(value, key) for value in tree]
-    if not isinstance(tree, str) or not tree:
-        return tree
-    if re.search(rf"(^|_){_SECRET_KEY}$", key, re.IGNORECASE):
-        return _REDACTED
-    if key.endswith("_env") and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", tree):
-        return _REDACTED
-    return redact_text(tree)
-
-
-def redact_text(text: str) -> str:
-    """Text without credentials in URLs and without values of `key=value` secrets."""
-    text = re.sub(r"(?<=://)[^/@\s]+@", f"{_REDACTED}@", text)
-    text = re.sub(rf"(?i)((?:^|[?&._-]){_SECRET_KEY}=)[^&\s]+", rf"\g<1>{_REDACTED}", text)
-    return re.sub(r"\b(sk|hf)[-_][A-Za-z0-9_-]{16,}", _REDACTED, text)

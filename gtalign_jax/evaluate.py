@@ -41,6 +41,7 @@ from absl import app, flags
 from rich.console import Console
 
 from gtalign_jax import compare, policies, report
+from gtalign_jax.bench import Bench, check_config, keep_programs, open_bench
 from gtalign_jax.command import carry_out
 from gtalign_jax.config import Config, define_flag, fingerprint, parse_flags, save_run_info
 from gtalign_jax.evaluation import paired, pareto, scored, tables
@@ -52,7 +53,6 @@ from gtalign_jax.pod.exchange import is_first
 from gtalign_jax.pod.watch import Watch
 from gtalign_jax.policies import Policy
 from gtalign_jax.report.load import COMPARISON_FILE
-from gtalign_jax.session import Bench, check_config, keep_programs, open_bench
 from gtalign_jax.training.metrics import METRICS_FILE, read_rows
 from gtalign_jax.workdir import Files, is_dir, local
 

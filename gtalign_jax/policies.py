@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from gtalign_jax import export, run
+from gtalign_jax.bench import Bench
 from gtalign_jax.config import Config, load_run_config
 from gtalign_jax.data import asking
 from gtalign_jax.data.chat import load_tokenizer
@@ -36,7 +37,6 @@ from gtalign_jax.model.sharding import ROLLOUT, Layout, MeshConfig, make_mesh, s
 from gtalign_jax.model.spec import ModelConfig, Params
 from gtalign_jax.pod import exchange
 from gtalign_jax.rollout.player import Player
-from gtalign_jax.session import Bench
 from gtalign_jax.training.learner import make_reshard
 from gtalign_jax.training.logp import cast
 from gtalign_jax.workdir import Files, is_dir

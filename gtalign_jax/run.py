@@ -17,6 +17,7 @@ import random
 import jax
 
 from gtalign_jax import export, report
+from gtalign_jax.bench import Bench
 from gtalign_jax.config import Config
 from gtalign_jax.data import coldstart
 from gtalign_jax.data.chat import encode_chats, encode_completion
@@ -29,7 +30,7 @@ from gtalign_jax.pod import exchange
 from gtalign_jax.pod.exchange import is_first
 from gtalign_jax.pod.notice import Notice
 from gtalign_jax.pod.watch import Watch
-from gtalign_jax.session import Bench, Session, examples, open_session
+from gtalign_jax.session import Session, examples, open_session
 from gtalign_jax.training import plots
 from gtalign_jax.training.checkpoint import Checkpointer
 from gtalign_jax.training.learner import make_reshard

@@ -15,7 +15,8 @@ import runs
 from gtalign_jax import ablate
 from gtalign_jax.ablate import NOTE_FILE, kept_programs, whole
 from gtalign_jax.run import run as run_one
-from gtalign_jax.training import collect, trainer
+from gtalign_jax.training import collect
+from gtalign_jax.training import stage as stage_lib
 from gtalign_jax.training.plots import AFTER, COLD_START
 from gtalign_jax.variants import Ablation, plan
 
@@ -158,17 +159,17 @@ def test_an_ablation_stopped_in_a_run_goes_on_there_and_equals_a_run_of_its_own(
     all of it at a stretch, with kept programs where the first one compiled its own."""
     monkeypatch.setattr(collect, "decode", runs.fluent)
     ablation = small(tmp_path / "ablation", ("user",))
-    check = trainer._check_finite
+    check = stage_lib._check_finite
 
     def stop(stage, step, metrics):
         check(stage, step, metrics)
         if (stage, step) == ("grpo", 2):
             raise Stopped
 
-    monkeypatch.setattr(trainer, "_check_finite", stop)
+    monkeypatch.setattr(stage_lib, "_check_finite", stop)
     with pytest.raises(Stopped):
         whole(ablation)
-    monkeypatch.setattr(trainer, "_check_finite", check)
+    monkeypatch.setattr(stage_lib, "_check_finite", check)
     capsys.readouterr()
     whole(ablation)
     out = capsys.readouterr().out

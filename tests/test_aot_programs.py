@@ -9,8 +9,8 @@ import pytest
 import runs
 from jax.sharding import NamedSharding, PartitionSpec
 
+from gtalign_jax import bench as bench_lib
 from gtalign_jax import run as run_lib
-from gtalign_jax import session as session_lib
 from gtalign_jax.aot.programs import bytes_per_chip, programs
 from gtalign_jax.model.load import ModelSource, model_sizes
 from gtalign_jax.model.sharding import MeshConfig, make_mesh
@@ -156,14 +156,14 @@ def test_what_lies_on_a_chip_when_a_program_is_called_is_its_arguments_and_resid
     spy_on(sft, "make_update", "sft update")
     spy_on(grpo, "make_logps", whose_logps)
     spy_on(learner, "make_reshard", "reshard")
-    make = session_lib.make_sampler
+    make = bench_lib.make_sampler
 
     def make_sampler(model, settings, samples, *rest):
         made, prefix = make(model, settings, samples, *rest), "evaluate " * (samples == 1)
         return dataclasses.replace(made, prefill=spying(f"{prefix}prefill", made.prefill),
                                    first=spying(f"{prefix}decode", made.first))
 
-    monkeypatch.setattr(session_lib, "make_sampler", make_sampler)
+    monkeypatch.setattr(bench_lib, "make_sampler", make_sampler)
     monkeypatch.setattr(collect, "decode", runs.fluent)
     before = on_first_chip()
     config = runs.config(tmp_path, **WIDE)

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import pytest
 import runs
 
+from gtalign_jax import bench
 from gtalign_jax import run as run_lib
-from gtalign_jax import session
 from gtalign_jax.training import collect
 from gtalign_jax.training.compiles import compilations
 
@@ -39,7 +39,7 @@ def test_twenty_steps_of_varying_lengths_recompile_nothing_after_warm_up(
     """
     monkeypatch.setattr(collect, "decode", runs.fluent)
     # Many ends of text, so that completions differ in length from row to row and step to step.
-    monkeypatch.setattr(session, "find_stop_ids", lambda *_: tuple(range(100, 140)))
+    monkeypatch.setattr(bench, "find_stop_ids", lambda *_: tuple(range(100, 140)))
     run_lib.run(runs.config(
         tmp_path, stages=("grpo", "evaluate"), grpo__steps=20, evaluate__every_steps=6,
         **options,

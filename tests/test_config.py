@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from gtalign_jax import config as config_lib
-from gtalign_jax.config import Config, batch_table, check, fingerprint, redact, redact_text
+from gtalign_jax.config import Config, batch_table, check, fingerprint
 from gtalign_jax.freeze import ConfigError, freeze, to_config_dict, to_dict
 from gtalign_jax.model.sharding import MeshConfig
+from gtalign_jax.redact import redact, redact_text
 from gtalign_jax.training.micro import piece_count
 
 ROOT = Path(__file__).resolve().parent.parent

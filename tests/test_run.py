@@ -21,7 +21,8 @@ from gtalign_jax.export import restore_policy
 from gtalign_jax.model.hf import load_config, load_params
 from gtalign_jax.model.load import model_config
 from gtalign_jax.pod.notice import Preempted
-from gtalign_jax.training import collect, plots, trainer
+from gtalign_jax.training import collect, plots
+from gtalign_jax.training import stage as stage_lib
 
 
 def test_a_policy_evaluated_anew_replaces_its_rows_and_no_others(tmp_path):
@@ -124,7 +125,7 @@ def test_an_evaluation_owed_when_the_run_was_told_to_end_is_made_once(tmp_path, 
     """Every second step is evaluated once, though it has four updates of two micro-batches each;
     also the one that SIGTERM saved. Trackers see one run all the while."""
     monkeypatch.setattr(collect, "decode", runs.fluent)
-    labels, evaluate_policy, check = [], run.evaluate_policy, trainer._check_finite
+    labels, evaluate_policy, check = [], run.evaluate_policy, stage_lib._check_finite
 
     def counted(session, params, label):
         labels.append(label)
@@ -150,7 +151,7 @@ def test_an_evaluation_owed_when_the_run_was_told_to_end_is_made_once(tmp_path, 
     expected = [plots.BEFORE, "step 2", plots.AFTER]
     assert labels == expected
     labels.clear()
-    monkeypatch.setattr(trainer, "_check_finite", told)
+    monkeypatch.setattr(stage_lib, "_check_finite", told)
     with pytest.raises(Preempted, match="saved up to step 2"):
         run.run(config("told"))
     assert labels == [plots.BEFORE] and runs.metrics(tmp_path / "told", "evaluate") == []

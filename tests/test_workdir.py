@@ -13,7 +13,8 @@ from fsspec.registry import _registry
 from gtalign_jax import export, workdir
 from gtalign_jax import main as command
 from gtalign_jax import run as run_lib
-from gtalign_jax.training import collect, trainer
+from gtalign_jax.training import collect
+from gtalign_jax.training import stage as stage_lib
 from gtalign_jax.training.checkpoint import Checkpointer
 from gtalign_jax.workdir import Files, TransferError
 
@@ -215,7 +216,7 @@ def test_a_run_in_a_bucket_fails_and_goes_on_on_another_machine(tmp_path, monkey
     where = lambda root, stage: f"{root}/checkpoints/{stage}".removeprefix("file://")  # noqa: E731
     monkeypatch.setattr(export, "checkpoint_dir", where)
     monkeypatch.setattr(collect, "decode", runs.fluent)
-    check, save, saved = trainer._check_finite, Checkpointer.save, []
+    check, save, saved = stage_lib._check_finite, Checkpointer.save, []
 
     def diverging(stage, step, metrics):
         check(stage, step, metrics | {"grpo/loss": float("nan")} if step == 2 else metrics)
@@ -230,7 +231,7 @@ def test_a_run_in_a_bucket_fails_and_goes_on_on_another_machine(tmp_path, monkey
 
     monkeypatch.setattr(Checkpointer, "save", looking)
     with monkeypatch.context() as planted, pytest.raises(FloatingPointError, match="at step 2"):
-        planted.setattr(trainer, "_check_finite", diverging)
+        planted.setattr(stage_lib, "_check_finite", diverging)
         run_lib.run(config)
     before, texts = runs.metrics(bucket, "grpo"), runs.rows(bucket, "rollouts.jsonl")
     assert [row["step"] for row in before] == [1, 2], "the log of the failed step was sent, too"
