@@ -2,11 +2,13 @@
 
 import functools
 import json
+import re
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pods
 import pytest
 import runs
 import test_grpo_exact as exact
@@ -466,3 +468,63 @@ def blowing_up(make, at: int):
         return planted
 
     return made
+
+
+PAIR = """
+import sys
+sys.path[:0] = ["tests", "tests/faults"]
+import jax, runs
+import pod_child
+from gtalign_jax import run
+from gtalign_jax.pod.start import PodConfig, start
+from gtalign_jax.training import collect, stage
+from gtalign_jax.training.guard import Guard, GuardConfig
+from gtalign_jax.training.learner import Learner
+
+start(PodConfig())
+
+class Written:
+    def rows(self, stage):  # as MetricsWriter: only process 0 has any
+        return [{"step": 1, "grpo/skipped": 1.0}] * 3 if jax.process_index() == 0 else []
+
+resumed = Guard.resumed("grpo", GuardConfig(), "", Written())
+print("resumed as lost:", bool(resumed.lost), flush=True)
+begin, check, calls = Learner.begin, stage._check_finite, []
+
+def wild(self, *args):
+    batch = begin(self, *args)
+    calls.append(1)
+    if len(calls) == 2:
+        return batch
+    logp = batch.sampler_logp_QGT  # row 6 of 8 is process 1's
+    plant = jax.jit(lambda x: x.at[6, 1].set(float("nan")), out_shardings=logp.sharding)
+    return batch.replace(sampler_logp_QGT=plant(logp))
+
+def telling(name, step, guard):
+    print("after", step, "skips", guard._skips, flush=True)
+    check(name, step, guard)
+
+Learner.begin, stage._check_finite, collect.decode = wild, telling, pod_child.legible
+run.run(runs.config(sys.argv[1], stages=("grpo",), grpo__steps=6, grpo__reference=False,
+                    grpo__beta=0.0, guard__max_skips=2))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_skip_and_end_together_and_each_dumps_its_own_rows(tmp_path):
+    script = PAIR.replace("sys.argv[1]", repr(str(tmp_path)))
+    children = pods.ended(pods.spawn(script, 2), 400)
+    for child in children:
+        assert "resumed as lost: True" in child.text, child.text[-3000:]
+        assert re.findall(r"after (\d) skips (\d)", child.text) == [
+            ("1", "1"), ("2", "0"), ("3", "1"), ("4", "2")], child.text[-3000:]
+        assert child.status != 0 and "step 4 of grpo: guard.max_skips=2 steps" in child.text
+    dump = tmp_path / "nonfinite/grpo-3"
+    own, other = (np.load(dump / name) for name in ("arrays.npz", "arrays.1.npz"))
+    assert own["tokens_QGT"].shape == other["tokens_QGT"].shape == (4, 2, 24)
+    assert np.isfinite(own["sampler_logp_QGT"]).all()
+    assert np.isnan(other["sampler_logp_QGT"][2, 1]).all()
+    ids = [[row["id"] for row in runs.rows(dump, name)] for name in ("rows.jsonl", "rows.1.jsonl")]
+    logged = [row["id"] for row in runs.rows(tmp_path, "rollouts.jsonl") if row["step"] == 3]
+    assert ids[0] + ids[1] == logged and len(ids[1]) == 8
+    assert json.loads((dump / "facts.1.json").read_text())["process"] == 1
