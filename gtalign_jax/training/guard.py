@@ -110,7 +110,9 @@ class Guard:
     @classmethod
     def resumed(cls, stage: str, cfg: GuardConfig, dumps: str, metrics: MetricsWriter) -> "Guard":
         """With the rows that are written already, which process 0 has. A collective."""
-        rows = metrics.rows(stage)[-max(WINDOW + QUIET, cfg.max_skips):]
+        kept = {"step", f"{stage}/skipped", *(alarm.metric.format(stage=stage) for alarm in ALARMS)}
+        rows = [{name: value for name, value in row.items() if name in kept}
+                for row in metrics.rows(stage)]
         return cls(stage, cfg, dumps, exchange.broadcast(rows, "guard"))
 
     def watch(self, step: int, metrics: Row) -> dict[str, float]:

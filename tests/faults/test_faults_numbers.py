@@ -1,8 +1,10 @@
 """Numbers that are not finite, planted where they can arise: the weights stay, the run goes on."""
 
+import dataclasses
 import functools
 import json
 import re
+import types
 from pathlib import Path
 
 import jax
@@ -14,6 +16,7 @@ import runs
 import test_grpo_exact as exact
 import test_packing as packing
 import test_sft as cold
+import test_trainer
 import tiny
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -184,6 +187,16 @@ def test_a_reward_that_is_not_finite_is_no_signal_of_none(std, rewards):
     assert (adv_QG[0] == 0).all() and np.isfinite(adv_QG).all()
 
 
+def test_a_step_says_that_a_reward_was_not_finite():
+    learner = dataclasses.replace(test_trainer.learner(), rates=np.zeros(1))
+    prompts = types.SimpleNamespace(prompts=[types.SimpleNamespace(data_source="a")] * 2)
+    for reward, named in ((NAN, 1.0), (0.5, None)):
+        verdict = collect.Verdict(np.array([reward, 1.0, 0.0, 1.0]), np.ones(4, bool),
+                                  np.ones(4, bool), np.ones(4, int))
+        facts = learner.facts(learner.signal(prompts, verdict), 0, (), verdict)
+        assert facts.get("nonfinite/reward") == named
+
+
 def test_a_skipped_update_is_in_no_mean_of_its_step():
     state, seen = fresh_state(), []
     for change in (lambda b: b, spoil("old_logp_QGT", NAN)):
@@ -288,8 +301,8 @@ def test_the_ordinary_course_of_a_run_raises_no_alarm():
 def test_a_resumed_run_raises_the_alarms_and_counts_the_skips_of_one_that_did_not_stop():
     rng = np.random.default_rng(0)
     kl = np.where(rng.random(150) < 0.1, 30.0, 1.0) * rng.uniform(0.02, 0.06, 150)
-    rows = [{"step": i + 1, "grpo/kl": float(x), "grpo/skipped": float(i % 20 in (3, 4))}
-            for i, x in enumerate(kl)]
+    rows = [{"step": i + 1, "grpo/kl": None if i % 20 == 3 else float(x),
+             "grpo/skipped": float(i % 20 in (3, 4))} for i, x in enumerate(kl)]
     whole = Guard("grpo", GuardConfig(), "")
     expected = [whole._add(row["step"], row) for row in rows]
     assert sum(len(warnings) for _, warnings in expected) > 20
