@@ -35,6 +35,7 @@ from gtalign_jax.reward.tasks import component_names
 from gtalign_jax.rollout.sampler import SamplerConfig
 from gtalign_jax.training.checkpoint import CheckpointConfig, flatten
 from gtalign_jax.training.grpo import GRPOConfig
+from gtalign_jax.training.guard import GuardConfig
 from gtalign_jax.training.micro import piece_count
 from gtalign_jax.training.sft import SFTConfig
 from gtalign_jax.training.trackers import TrackConfig
@@ -67,6 +68,7 @@ class Config:
     evaluate: EvaluateConfig = EvaluateConfig()
     pod: PodConfig = PodConfig()
     track: TrackConfig = TrackConfig()
+    guard: GuardConfig = GuardConfig()
 
     def __post_init__(self) -> None:
         unknown = [stage for stage in self.stages if stage not in STAGES]
@@ -81,7 +83,7 @@ class Config:
 
 # Keys that change how fast or where a run computes, not what; a checkpoint may outlive them.
 _CIRCUMSTANCES = re.compile(
-    r"workdir|stages|(mesh|checkpoint|evaluate|pod|track)\..*"
+    r"workdir|stages|(mesh|checkpoint|evaluate|pod|track|guard)\..*"
     r"|model\.attention|rollout\.(micro_batch_prompts|shrink|smallest)"
     r"|(sft|grpo)\.(micro_batch\w*|pack\w*|logit_chunk|remat|log_every|profile_step)"
     r"|judge\.(base_url|api_key_env|concurrency|timeout_s|retries|deadline_s|max_missing|mode)"

@@ -13,6 +13,7 @@ compared.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -35,6 +36,7 @@ from gtalign_jax.config import (
 )
 from gtalign_jax.data import coldstart
 from gtalign_jax.data.batches import PromptSet
+from gtalign_jax.data.chat import decode
 from gtalign_jax.data.prompt import Prompt
 from gtalign_jax.data.sources import load_prompts
 from gtalign_jax.data.tokenizer import chain_corpus, train_tokenizer
@@ -45,6 +47,7 @@ from gtalign_jax.pod.notice import Notice, Preempted
 from gtalign_jax.pod.start import check_same
 from gtalign_jax.pod.watch import Watch
 from gtalign_jax.training.checkpoint import Checkpointer
+from gtalign_jax.training.dumps import Dumps
 from gtalign_jax.training.metrics import MetricsWriter
 from gtalign_jax.training.stage import Stage
 from gtalign_jax.training.trackers import open_trackers
@@ -111,8 +114,10 @@ class Session(Bench):
         if name == "grpo":
             trace = (self.config.grpo.profile_step, f"{self.files.directory}/profile")
         return Stage(name, steps, self.config.seed, checkpoints, self.config.checkpoint,
-                     self.metrics, self.console, self.watch, self.notice, self.push, log_every,
-                     trace)
+                     self.metrics, self.console, self.watch, self.notice, self.config.guard,
+                     Dumps(self.files.directory / "nonfinite",
+                           functools.partial(decode, self.tokenizer)),
+                     self.push, log_every, trace)
 
 
 def open_session(config: Config, watch: Watch, notice: Notice) -> Session:

@@ -161,8 +161,8 @@ def test_an_ablation_stopped_in_a_run_goes_on_there_and_equals_a_run_of_its_own(
     ablation = small(tmp_path / "ablation", ("user",))
     check = stage_lib._check_finite
 
-    def stop(stage, step, metrics):
-        check(stage, step, metrics)
+    def stop(stage, step, guard):
+        check(stage, step, guard)
         if (stage, step) == ("grpo", 2):
             raise Stopped
 

@@ -131,8 +131,8 @@ def test_an_evaluation_owed_when_the_run_was_told_to_end_is_made_once(tmp_path, 
         labels.append(label)
         return evaluate_policy(session, params, label)
 
-    def told(stage, step, metrics):
-        check(stage, step, metrics)
+    def told(stage, step, guard):
+        check(stage, step, guard)
         if step == 2 and len(labels) == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 

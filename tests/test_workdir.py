@@ -218,8 +218,10 @@ def test_a_run_in_a_bucket_fails_and_goes_on_on_another_machine(tmp_path, monkey
     monkeypatch.setattr(collect, "decode", runs.fluent)
     check, save, saved = stage_lib._check_finite, Checkpointer.save, []
 
-    def diverging(stage, step, metrics):
-        check(stage, step, metrics | {"grpo/loss": float("nan")} if step == 2 else metrics)
+    def diverging(stage, step, guard):
+        check(stage, step, guard)
+        if step == 2:
+            raise FloatingPointError(f"planted at step {step}")
 
     def looking(self, step, *args):
         """What lies in the bucket when a checkpoint is about to be written."""

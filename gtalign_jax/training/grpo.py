@@ -34,13 +34,13 @@ from gtalign_jax.model.spec import ModelConfig, Params
 from gtalign_jax.pod import share
 from gtalign_jax.rollout.filters import UNFILTERED, Filters
 from gtalign_jax.training.logp import cast, completion_logps, completion_mask
-from gtalign_jax.training.metrics import Mean
+from gtalign_jax.training.metrics import NONFINITE, Mean
 from gtalign_jax.training.micro import accumulate, cut, piece_count, uncut
 from gtalign_jax.training.state import (
     OptimizerConfig,
     TrainState,
-    apply_gradients,
     state_shardings,
+    update_if_finite,
 )
 
 CHOICES = {
@@ -172,7 +172,8 @@ def advantages(reward_QG, valid_QG, *, std: str = "group", epsilon: float = 1e-4
     Statistics (ddof 0) run over the valid members only; others get 0. A group whose valid rewards
     are all equal, or with fewer than two, gives zeros: rounding in the mean is no signal. Rewards
     come as float64: two that differ by its rounding may lie on either side of where float32 rounds
-    up, so one step of float32 counts as equal, too.
+    up, so one step of float32 counts as equal, too. Of a valid reward that is not finite nothing in
+    its group is: no comparison would notice a NaN, the update does.
     """
     reward_QG = jnp.where(valid_QG, reward_QG.astype(jnp.float32), 0.0)
     count_Q1 = jnp.maximum(valid_QG.sum(axis=1, keepdims=True), 1)
@@ -183,6 +184,7 @@ def advantages(reward_QG, valid_QG, *, std: str = "group", epsilon: float = 1e-4
         variance_Q1 = (centred**2).sum(axis=1, keepdims=True) / count_Q1
         centred = centred / (jnp.sqrt(variance_Q1) + epsilon)
     differ_Q1 = high_Q1 > jnp.nextafter(low_Q1, jnp.inf)
+    differ_Q1 |= ~jnp.isfinite(reward_QG).all(axis=1, keepdims=True)
     return jnp.where(valid_QG & differ_Q1, centred, 0.0)
 
 
@@ -300,7 +302,17 @@ def objective(logp, entropy, of: Tokens, row_mean: Callable[[jax.Array], jax.Arr
         per_token = per_token + grpo.beta * kl
     loss = (jnp.where(live, per_token, 0.0) * of.weights).sum()
     gap = jnp.where(live, seen["gap"], 0.0)
-    return loss, {"means": means, "maxima": {"rollout/logp_gap_max": gap.max()}}
+    maxima = {"rollout/logp_gap_max": gap.max(), **_nonfinite(logp, of, live)}
+    return loss, {"means": means, "maxima": maxima}
+
+
+def _nonfinite(logp, of: Tokens, live) -> dict[str, jax.Array]:
+    """1 for those whose log-probability of some live token is not finite. The loss may not show it:
+    ratios are clamped, and the sampler's need not be in it."""
+    whose = {"logp": logp, "sampler_logp": of.sampler_logp, "old_logp": of.old_logp,
+             "ref_logp": of.ref_logp}
+    return {f"{NONFINITE}{name}": jnp.any(live & ~jnp.isfinite(x)).astype(jnp.float32)
+            for name, x in whose.items() if x is not None}
 
 
 def loss_and_grads(params: Params, batch: Batch, *, cfg: ModelConfig, grpo: GRPOConfig,
@@ -343,7 +355,8 @@ def make_update(cfg: ModelConfig, grpo: GRPOConfig, optimizer: optax.GradientTra
                 grads_of: Callable = loss_and_grads) -> Callable:
     """The jitted `update(state, batch) -> (state', metrics)`; `state` is donated.
 
-    `grads_of` is `loss_and_grads` for the kind of batch that it will be given.
+    `grads_of` is `loss_and_grads` for the kind of batch that it will be given. Where the loss, the
+    gradient or a log-probability is not finite, state' is state (`update_if_finite`).
     Metrics are `{"means": {name: Mean}, "maxima": {name: scalar}}`. The new state lies where the
     old one lay: left to choose, the compiler would move the norms, and compile for that once more.
     """
@@ -351,10 +364,7 @@ def make_update(cfg: ModelConfig, grpo: GRPOConfig, optimizer: optax.GradientTra
         loss, grads, seen = grads_of(
             state.params, batch, cfg=cfg, grpo=grpo, filters=filters, dtype=dtype, layout=layout
         )
-        one = jnp.ones(())
-        seen["means"]["grpo/loss"] = Mean(loss, one)
-        seen["means"]["grpo/grad_norm"] = Mean(optax.tree.norm(grads), one)
-        return apply_gradients(state, grads, optimizer), seen
+        return update_if_finite(state, loss, grads, optimizer, "grpo", seen)
 
     shardings = state_shardings(cfg, optimizer, layout)
     return jax.jit(update, donate_argnames=("state",), out_shardings=(shardings, None))

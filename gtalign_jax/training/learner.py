@@ -27,7 +27,7 @@ from gtalign_jax.training import packed as packed_lib
 from gtalign_jax.training.collect import Verdict
 from gtalign_jax.training.grpo import Batch, GRPOConfig
 from gtalign_jax.training.logp import cast
-from gtalign_jax.training.metrics import Mean
+from gtalign_jax.training.metrics import NONFINITE, Mean
 from gtalign_jax.training.packed import Packed
 from gtalign_jax.training.packing import Packing, Placed, make_plan
 from gtalign_jax.training.state import TrainState, make_optimizer, schedule
@@ -37,16 +37,26 @@ def host_metrics(seen: list[dict[str, dict[str, Any]]]) -> dict[str, float]:
     """The metrics of a step's updates: means over all their tokens, maxima over all updates.
 
     A mean over nothing is left out: where all groups are filtered, an entropy of 0 would be untrue.
+    An update that was skipped is in `<stage>/skipped` and says what was not finite; it is in no
+    other metric, unless all were skipped.
     """
     seen = jax.device_get(seen)
-    out = {}
+    done = [s for s in seen if not _nonfinite(s)] or seen
+    out = dict.fromkeys((name for s in seen for name in _nonfinite(s)), 1.0)
     for name in seen[0]["means"]:
-        whole = functools.reduce(Mean.merge, [s["means"][name] for s in seen])
+        of = seen if name.endswith("/skipped") else done
+        whole = functools.reduce(Mean.merge, [s["means"][name] for s in of])
         if whole.count:
             out[name] = float(whole.divide())
     for name in seen[0]["maxima"]:
-        out[name] = float(max(s["maxima"][name] for s in seen))
+        if not name.startswith(NONFINITE):
+            out[name] = float(max(s["maxima"][name] for s in done))
     return out
+
+
+def _nonfinite(seen: dict[str, dict[str, Any]]) -> list[str]:
+    """What an update was skipped for."""
+    return [name for name, flag in seen["maxima"].items() if name.startswith(NONFINITE) and flag]
 
 
 def make_reshard(cfg: ModelConfig, layout: Layout, dtype: Any) -> Callable[[Params], Params]:
@@ -242,6 +252,8 @@ class Learner:
             "grpo/adv_abs": float(np.abs(adv_QG).mean()),
             "grpo/groups_without_signal": float((adv_QG == 0).all(axis=1).mean()),
         }
+        if not np.isfinite(adv_QG).all():
+            out[f"{NONFINITE}reward"] = 1.0
         if self.cfg.filter_on:
             out["grpo/groups_filtered"] = float(self._filtered(verdict, adv_QG.shape).mean())
         if plans:

@@ -41,6 +41,7 @@ from rich.text import Text
 from gtalign_jax.pod.watch import Watch
 from gtalign_jax.training.trackers import TensorBoard, Tracker
 
+NONFINITE = "nonfinite/"  # names of metrics that are 1 where something was not finite
 METRICS_FILE = "metrics.jsonl"
 ROLLOUTS_FILE = "rollouts.jsonl"
 

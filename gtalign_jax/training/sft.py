@@ -27,8 +27,8 @@ from gtalign_jax.training.micro import accumulate, piece_count
 from gtalign_jax.training.state import (
     OptimizerConfig,
     TrainState,
-    apply_gradients,
     state_shardings,
+    update_if_finite,
 )
 
 
@@ -106,17 +106,16 @@ def loss_and_grads(params: Params, batch: SFTBatch, *, cfg: ModelConfig, sft: SF
 
 def make_update(cfg: ModelConfig, sft: SFTConfig, optimizer: optax.GradientTransformation, *,
                 layout: Layout, dtype: Any = jnp.float32) -> Callable:
-    """The jitted `update(state, batch) -> (state', metrics)`; `state` is donated and stays put."""
+    """The jitted `update(state, batch) -> (state', metrics)`; `state` is donated and stays put.
+
+    It stays as it was where loss or gradient is not finite.
+    """
     def update(state: TrainState, batch: SFTBatch):
         loss, grads = loss_and_grads(state.params, batch, cfg=cfg, sft=sft, dtype=dtype,
                                      layout=layout)
-        one = jnp.ones(())
-        means = {
-            "sft/loss": Mean(loss, one),
-            "sft/grad_norm": Mean(optax.tree.norm(grads), one),
-            "sft/tokens": Mean(batch.lengths_B.sum().astype(jnp.float32), one),
-        }
-        return apply_gradients(state, grads, optimizer), {"means": means, "maxima": {}}
+        tokens = Mean(batch.lengths_B.sum().astype(jnp.float32), jnp.ones(()))
+        seen = {"means": {"sft/tokens": tokens}, "maxima": {}}
+        return update_if_finite(state, loss, grads, optimizer, "sft", seen)
 
     shardings = state_shardings(cfg, optimizer, layout)
     return jax.jit(update, donate_argnames=("state",), out_shardings=(shardings, None))

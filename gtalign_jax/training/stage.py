@@ -10,12 +10,13 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 
 from gtalign_jax.pod.notice import Notice, Preempted
 from gtalign_jax.pod.watch import Watch
 from gtalign_jax.training.checkpoint import CheckpointConfig, Checkpointer
 from gtalign_jax.training.compiles import compilations
+from gtalign_jax.training.dumps import Dumps
+from gtalign_jax.training.guard import Guard, GuardConfig, check_state
 from gtalign_jax.training.metrics import Console, MetricsWriter
 from gtalign_jax.training.state import TrainState
 
@@ -35,6 +36,8 @@ class Stage:
     console: Console
     watch: Watch
     notice: Notice
+    guard: GuardConfig
+    dumps: Dumps
     push: Callable[[], None] = lambda: None  # what is to be done with the files before each save
     log_every: int = 1  # steps between lines on the console; the files get every step
     trace: tuple[int, str] = (0, "")  # the step of which a profile is written, and where
@@ -67,22 +70,25 @@ class Stage:
         """Steps `done` … `steps`; saves every `checkpoint.every` steps and after the last one.
 
         `pending`: what is saved besides state and key, {} or {"pending": tree}.
-        Raises FloatingPointError where a loss or gradient is not finite: such a state is not saved;
-        Preempted where a process was told to end: that step is.
+        Raises FloatingPointError where too many updates in a row were skipped, or the state is not
+        finite: it is not saved; Preempted where a process was told to end: that step is.
         """
+        guard = Guard.resumed(self.name, self.guard, str(self.dumps.directory), self.metrics)
         with self.notice, self.console.stage(self.name, self.steps, done):
             for step in range(done, self.steps):
                 with self._traced(step + 1):
                     state, metrics = step_fn(state, step)
                 metrics["perf/compilations"] = compilations()
+                metrics |= guard.watch(step + 1, metrics)
                 self.metrics.write(self.name, step + 1, metrics)
                 if (step + 1) % self.log_every == 0 or step + 1 == self.steps:
                     self.console.step(step + 1, metrics)
-                _check_finite(self.name, step + 1, metrics)
+                _check_finite(self.name, step + 1, guard)
                 told = self.notice.given()
                 due = (step + 1) % self.checkpoint.every == 0 or step + 1 == self.steps
                 if told or due:
                     with self.watch.phase("save", step + 1):
+                        check_state(self.name, step + 1, state)
                         self.push()
                         saved = {"state": state, "key": key, **pending()}
                         self.checkpoints.save(step + 1, saved)
@@ -102,10 +108,6 @@ class Stage:
         return jax.profiler.trace(directory) if step == wanted else contextlib.nullcontext()
 
 
-def _check_finite(stage: str, step: int, metrics: dict[str, float]) -> None:
-    for name in (f"{stage}/loss", f"{stage}/grad_norm"):
-        if not np.isfinite(metrics[name]):
-            raise FloatingPointError(
-                f"{name} is {metrics[name]} at step {step} of {stage}; the last checkpoint is from "
-                "before it. A lower learning_rate or clip_norm usually mends this."
-            )
+def _check_finite(stage: str, step: int, guard: Guard) -> None:
+    if guard.lost:
+        raise FloatingPointError(f"step {step} of {stage}: {guard.lost}")

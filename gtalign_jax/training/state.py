@@ -5,6 +5,7 @@ updates done. Schedules count those updates, never micro-batches or rollout step
 """
 
 import dataclasses
+import functools
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from gtalign_jax.model.sharding import Layout, param_shardings, placed
 from gtalign_jax.model.spec import ModelConfig, Params, abstract_params
+from gtalign_jax.training.metrics import NONFINITE, Mean
 
 DECAYS = ("constant", "linear", "cosine")
 
@@ -139,6 +141,31 @@ def apply_gradients(state: TrainState, grads: Params,
     """One optimizer update."""
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     return TrainState(optax.apply_updates(state.params, updates), opt_state, state.updates + 1)
+
+
+def update_if_finite(state: TrainState, loss: jax.Array, grads: Params,
+                     optimizer: optax.GradientTransformation, stage: str, seen: dict[str, Any]
+                     ) -> tuple[TrainState, dict[str, Any]]:
+    """(state after one optimizer update, the metrics `seen` with those of the update).
+
+    Where the loss, the gradient's norm or what a maximum of `seen` under NONFINITE is about is not
+    finite, the state comes out as it was, to the last bit: the update is skipped.
+    """
+    norm, one = optax.tree.norm(grads), jnp.ones(())
+    maxima = seen["maxima"] | {
+        f"{NONFINITE}{name}": (~jnp.isfinite(x)).astype(jnp.float32)
+        for name, x in (("loss", loss), ("gradient", norm))
+    }
+    flags = [x for name, x in maxima.items() if name.startswith(NONFINITE)]
+    skipped = functools.reduce(jnp.maximum, flags)
+    means = seen["means"] | {
+        f"{stage}/{name}": Mean(x, one)
+        for name, x in (("loss", loss), ("grad_norm", norm), ("skipped", skipped))
+    }
+    # A choice by element is made where a leaf is written; a branch would hold the state twice.
+    new = jax.tree.map(lambda new, old: jnp.where(skipped > 0, old, new),
+                       apply_gradients(state, grads, optimizer), state)
+    return new, {"means": means, "maxima": maxima}
 
 
 def named_key(key: jax.Array, name: str, step: int) -> jax.Array:

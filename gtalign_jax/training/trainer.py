@@ -57,9 +57,9 @@ def train_sft(stage: Stage, fresh: Callable[[], TrainState], abstract: TrainStat
     def step_fn(state: TrainState, step: int) -> tuple[TrainState, dict[str, float]]:
         with timer("update", step + 1):
             batch = examples.batch(step, batch_size=cfg.batch_size, seed=stage.seed)
-            batch = share.place(batch, layout.sharding("prompts"))
-            state, seen = update(state, batch)
+            state, seen = update(state, share.place(batch, layout.sharding("prompts")))
             metrics = host_metrics([seen])
+        stage.dumps.examples(step + 1, metrics, batch)
         metrics["sft/learning_rate"] = float(rate(step))
         spent = timer.take()
         metrics["perf/tokens_per_s"] = metrics["sft/tokens"] / spent["time/update"]
@@ -115,6 +115,7 @@ def train_grpo(stage: Stage, fresh: Callable[[], TrainState], abstract: TrainSta
             metrics |= _log(experience, rollouts, step + 1, rollout.tokens_QGT.shape[2])
         with timer("update", step + 1):
             metrics |= host_metrics(seen)
+        stage.dumps.rollouts(step + 1, metrics, batch, experience, layout.sharding("prompts"))
         for warning in suspicions.add(step + 1, metrics):
             log.warning("%s", warning)
         spent = timer.take()
