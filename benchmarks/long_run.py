@@ -172,7 +172,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(argv)
     if args.steps < 4 * WARM_UP:
-        parser.error(f"--steps={args.steps}: at least {4 * WARM_UP}, to tell growth from warming up")
+        parser.error(f"--steps={args.steps}: must be >= {4 * WARM_UP}, to outlast warming up")
     out = (args.out or Path(tempfile.mkdtemp(prefix="long-run-"))).resolve()
     out.mkdir(parents=True, exist_ok=True)
     http = {"judge__kind": "http", "judge__rules": False, "judge__model": "judge-1",
