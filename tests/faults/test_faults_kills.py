@@ -4,8 +4,10 @@ from pathlib import Path
 
 import compiler
 import kills
+import numpy as np
 import planted
 import pytest
+import runs
 from sameness import differences, saved
 
 SCRIPT = [str(Path(planted.__file__).resolve())]
@@ -43,3 +45,27 @@ def test_a_run_killed_eight_times_three_times_at_a_save_ends_as_an_untouched_one
     assert run.resumes >= 5
     assert differences(run.workdir, whole) == []
     assert saved(run.workdir, "grpo", 6)["state.updates"] == 6
+
+
+@pytest.mark.slow
+def test_a_run_killed_on_one_device_goes_on_over_four_by_rows_and_by_weights(
+    whole, environ, tmp_path
+):
+    """Up to rounding: partial sums over devices are added in another order."""
+    on_one = kills.Run(tmp_path / "run", command(), environ)
+    assert on_one.attempt(kills.Plan(), {"KILL_AT": "save"})  # of step 4: that of step 2 is done
+    mesh = ["--config.mesh.fsdp=2", "--config.mesh.tensor=2"]
+    over_four = kills.Run(tmp_path / "run", [*command(), *mesh],
+                          environ | {"XLA_FLAGS": compiler.flags(4)})
+    kills.uninterrupted(over_four)
+    assert over_four.resumes == 2  # of both stages
+    for stage in ("sft", "grpo"):
+        rows, wanted = (runs.repeatable(runs.metrics(at, stage))
+                        for at in (over_four.workdir, whole))
+        for row, other in zip(rows, wanted, strict=True):
+            assert row.pop("stage") == other.pop("stage")
+            assert row == pytest.approx(other, rel=1e-5, abs=1e-5)
+    arrays = saved(over_four.workdir, "grpo", 6)
+    for name, other in saved(whole, "grpo", 6).items():
+        furthest = np.abs(arrays[name] - other.astype(np.float64)).max()
+        assert furthest <= 1e-5 * np.abs(other).max(), name
