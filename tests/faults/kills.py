@@ -329,6 +329,8 @@ def many_kills(args: argparse.Namespace, out: Path, environ: dict) -> dict:
         thread.start()
     for thread in threads:
         thread.join()
+    if not (campaign.enough() or campaign.faults):  # the harness itself failed: see stderr
+        campaign.tell(f"ended after {len(campaign.kills)} kills, fewer than were wanted")
     campaign.save()
     return campaign.summary()
 
