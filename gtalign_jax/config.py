@@ -24,6 +24,7 @@ from gtalign_jax.data.sources import DataConfig
 from gtalign_jax.evaluation.evaluate import EvaluateConfig
 from gtalign_jax.freeze import ConfigError, check_overrides, freeze, to_dict
 from gtalign_jax.model.load import ModelSource
+from gtalign_jax.model.safetensors_io import read_json
 from gtalign_jax.model.sharding import BATCH_AXES, MeshConfig, batch_shards, is_flash
 from gtalign_jax.pod.start import PodConfig, installed
 from gtalign_jax.redact import redact, redact_text
@@ -329,7 +330,11 @@ def load_run_config(workdir: str | Path) -> Config:
     path = Path(workdir) / CONFIG_FILE
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: {workdir} is not a run's work directory")
-    return freeze(Config, json.loads(path.read_text(encoding="utf-8")))
+    values = read_json(path)
+    try:
+        return freeze(Config, values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def save_run_info(workdir: str | Path, config: Config) -> None:
