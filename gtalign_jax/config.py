@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import jax
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from gtalign_jax.data.sources import DataConfig
 from gtalign_jax.evaluation.evaluate import EvaluateConfig
@@ -121,7 +121,12 @@ def parse_flags(argv: Sequence[str], cls: type = Config) -> list[str]:
         problem = str(error)
     except flags.Error as error:
         problem = _flag_problem(str(error))
-    print(f"error: {problem}", file=sys.stderr)
+    except Exception as error:  # of the config file: it is Python, and may raise anything
+        files = [arg for arg in argv if re.match("--?config=", arg)]
+        text = " ".join(str(error).split())
+        problem = (f"{' '.join(files)}: {type(error).__name__}: {text}; needed: a Python file "
+                   "with get_config(), as those in configs/")
+    print(f"error: {redact_text(problem)}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -140,6 +145,9 @@ def from_flag(holder: flags.FlagHolder, cls: type[T] = Config) -> T:
     if holder.value is None:
         example = flags.FLAGS[holder.name].help.rpartition(", as in ")[2]
         raise ConfigError(f"--config=FILE is required, for example {example}")
+    if not isinstance(holder.value, ConfigDict):
+        kind = type(holder.value).__name__
+        raise ConfigError(f"--config: get_config() returned a {kind}; allowed: a ConfigDict")
     try:
         return freeze(cls, holder.value)
     except OSError as error:  # ml_collections keeps a file that it could not read until now
