@@ -128,7 +128,7 @@ SCALINGS = ("x", [1], 5, True, {"rope_type": ["x"]}, *({"rope_type": "yarn"} | m
     {"factor": "x"}, {"factor": -1}, {"factor": 2, "mscale": "q", "mscale_all_dim": 1},
     {"factor": 2, "original_max_position_embeddings": "x"}, {"factor": 2, "beta_fast": []},
     {"factor": 2, "truncate": 1}, {"factor": 2, "attention_factor": {}},
-)), {"rope_type": "llama3", "factor": [], "low_freq_factor": {}, "high_freq_factor": 1})  # fmt: skip
+)), {"rope_type": "llama3", "factor": [], "low_freq_factor": 1, "high_freq_factor": 1})
 ODD = [(key, value) for key in NUMBERS for value in VALUES]
 ODD += [("rope_scaling", value) for value in SCALINGS]
 ODD += [(key, value) for key in ("layer_types", "architectures", "tie_word_embeddings")
@@ -146,9 +146,10 @@ def test_a_config_that_lies_is_refused_key_by_key(family, model):
             config_from_hf(config | {key: value})
             accepted.append((key, value))
         except ValueError as error:
-            said = str(error).replace("rope_type", "rope_scaling")
-            assert key in said, (key, value, said)
-            assert len(said) < 500
+            said = str(error)
+            inside = value if key == "rope_scaling" and isinstance(value, dict) else ()
+            assert said.startswith("config.json: ") and len(said) < 500
+            assert any(name in said for name in (key, *inside)), (key, value, said)
     # Numbers of their kind, and what stands for "not there".
     assert [pair for pair in accepted if pair[0] not in ("rms_norm_eps", "initializer_range")] == [
         ("rope_theta", 1.5), ("rope_theta", ""), ("rope_theta", []), ("rope_theta", {}),
