@@ -35,6 +35,7 @@ from gtalign_jax.evaluation.ablation import Comparison
 from gtalign_jax.evaluation.measures import Row, by_label
 from gtalign_jax.evaluation.tables import write_whole
 from gtalign_jax.freeze import ConfigError, to_dict
+from gtalign_jax.model.safetensors_io import read_json
 from gtalign_jax.pod import exchange
 from gtalign_jax.pod.ending import EXIT_FAILED
 from gtalign_jax.pod.exchange import is_first
@@ -153,10 +154,12 @@ def _settings(config: Config) -> dict[str, Any]:
 
 def _note(config: Config) -> Note | None:
     """How this run ended before, if it did and with these settings."""
-    try:
-        note = json.loads((Path(config.workdir) / NOTE_FILE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    file = Path(config.workdir) / NOTE_FILE
+    if not file.exists():
         return None
+    note = read_json(file)
+    if not isinstance(note.get("config"), dict) or not {"seconds", "failed"} <= note.keys():
+        raise ValueError(f"{file}: no note of how a run ended; delete it, and the run goes on")
     default = _settings(Config())  # of a key that did not exist then
     known = default | note["config"]
     return note if all(known[key] == value for key, value in _settings(config).items()) else None

@@ -18,12 +18,13 @@ from typing import Any, TypeVar
 
 import jax
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from gtalign_jax.data.sources import DataConfig
 from gtalign_jax.evaluation.evaluate import EvaluateConfig
 from gtalign_jax.freeze import ConfigError, check_overrides, freeze, to_dict
 from gtalign_jax.model.load import ModelSource
+from gtalign_jax.model.safetensors_io import read_json
 from gtalign_jax.model.sharding import BATCH_AXES, MeshConfig, batch_shards, is_flash
 from gtalign_jax.pod.start import PodConfig, installed
 from gtalign_jax.redact import redact, redact_text
@@ -122,7 +123,12 @@ def parse_flags(argv: Sequence[str], cls: type = Config) -> list[str]:
         problem = str(error)
     except flags.Error as error:
         problem = _flag_problem(str(error))
-    print(f"error: {problem}", file=sys.stderr)
+    except Exception as error:  # of the config file: it is Python, and may raise anything
+        files = [arg for arg in argv if re.match("--?config=", arg)]
+        text = " ".join(str(error).split())
+        problem = (f"{' '.join(files)}: {type(error).__name__}: {text}; needed: a Python file "
+                   "with get_config(), as those in configs/")
+    print(f"error: {redact_text(problem)}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -141,6 +147,9 @@ def from_flag(holder: flags.FlagHolder, cls: type[T] = Config) -> T:
     if holder.value is None:
         example = flags.FLAGS[holder.name].help.rpartition(", as in ")[2]
         raise ConfigError(f"--config=FILE is required, for example {example}")
+    if not isinstance(holder.value, ConfigDict):
+        kind = type(holder.value).__name__
+        raise ConfigError(f"--config: get_config() returned a {kind}; allowed: a ConfigDict")
     try:
         return freeze(cls, holder.value)
     except OSError as error:  # ml_collections keeps a file that it could not read until now
@@ -331,7 +340,11 @@ def load_run_config(workdir: str | Path) -> Config:
     path = Path(workdir) / CONFIG_FILE
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: {workdir} is not a run's work directory")
-    return freeze(Config, json.loads(path.read_text(encoding="utf-8")))
+    values = read_json(path)
+    try:
+        return freeze(Config, values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def save_run_info(workdir: str | Path, config: Config) -> None:

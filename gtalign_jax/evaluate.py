@@ -214,7 +214,7 @@ def _begin(folder: Path, plan: dict[str, Any]) -> None:
 def _answer(policy: Policy, bench: Bench, folder: Path) -> None:
     """All prompts, unless they are answered already. The weights are gone on return."""
     path = folder / EVALUATIONS_FILE
-    done = is_first() and path.exists() and policy.name in by_label(read_rows(path))
+    done = is_first() and path.exists() and policy.name in by_label(read_rows(path, label=str))
     if exchange.broadcast(done, "answered"):
         bench.console.say(f"{policy.name}: answered before")
         return
@@ -231,7 +231,7 @@ def _finish(directory: Path, found: list[Policy], side: Scored | None, bench: Be
     """Tables and comparison; then all files take their places, and the report is drawn."""
     folder, config = directory / UNFINISHED, bench.config
     path, say = folder / EVALUATIONS_FILE, bench.console.say
-    measured = tables.save(folder, by_label(read_rows(path)), config.seed)
+    measured = tables.save(folder, by_label(read_rows(path, label=str)), config.seed)
     say(f"\n{tables.console(measured)}\n")
     save_run_info(folder, dataclasses.replace(config, workdir=str(directory)))
     if len(found) > 1:

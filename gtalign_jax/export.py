@@ -136,7 +136,7 @@ def measure_usage(directory: str | Path, tokenizer: PreTrainedTokenizerBase) -> 
     None where there is none, or where it lacks an action that could be counted.
     """
     file = Path(directory) / EVALUATIONS_FILE
-    groups = by_label(read_rows(file)) if file.exists() else {}
+    groups = by_label(read_rows(file, label=str)) if file.exists() else {}
     if not groups:
         return None
     label, rows = list(groups.items())[-1]
@@ -166,7 +166,7 @@ def read_about(directory: str | Path) -> tuple[str, Usage | None]:
 
 def _write_generation_config(file: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Makes generation stop wherever sampling stopped in training; what else it says stays."""
-    known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    known = read_json(file) if file.exists() else {}
     stops = list(stop_ids(tokenizer, known))
     listed = known.get("eos_token_id")
     if sorted([listed] if isinstance(listed, int) else listed or []) == stops:
@@ -178,7 +178,7 @@ def _write_generation_config(file: Path, tokenizer: PreTrainedTokenizerBase) -> 
 def verify(out: str | Path, model: ModelConfig, tokenizer_dir: str) -> None:
     """Raises ValueError unless transformers knows the config of `out`, its tokenizer there gives
     the token ids that the model was trained on, and its files hold all weights of `model`."""
-    known = AutoConfig.from_pretrained(out)
+    known = AutoConfig.from_pretrained(out, trust_remote_code=False)
     tokenizer, trained_on = load_tokenizer(out), load_tokenizer(tokenizer_dir)
     chain = render("Is 7 < 12?", EVEN, "Both DQ_DA and VQ_CQ.", "It's 7, so: yes!\n\nMore?")
     for text in (render_chat(trained_on, [{"role": "user", "content": SYSTEM}]), chain):

@@ -182,7 +182,7 @@ def _past_results(session: Session) -> dict[str, dict[str, float]]:
     text = json.dumps([about, identity, dataclasses.asdict(session.config.evaluate), limit,
                        held_out], sort_keys=True, default=str)
     digest, mark = hashlib.sha256(text.encode()).hexdigest(), workdir / "results.digest"
-    if session.test is not None and (not mark.exists() or mark.read_text() != digest):
+    if session.test is not None and (not mark.exists() or mark.read_bytes() != digest.encode()):
         (workdir / plots.RESULTS_FILE).unlink(missing_ok=True)
         if (workdir / EVALUATIONS_FILE).exists():  # somebody may still want to read them
             (workdir / EVALUATIONS_FILE).replace(workdir / f"{EVALUATIONS_FILE}.old")

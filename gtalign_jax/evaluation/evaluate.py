@@ -101,7 +101,8 @@ class Progress:
 
 def save_rows(path: Path, label: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """Adds rows to evaluations.jsonl, in place of what `label` has there, all at once."""
-    kept = [row for row in read_rows(path) if row["label"] != label] if path.exists() else []
+    old = read_rows(path, label=str) if path.exists() else []
+    kept = [row for row in old if row["label"] != label]
     partial = path.with_name(path.name + ".partial")
     with partial.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n"

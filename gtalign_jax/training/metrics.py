@@ -110,10 +110,11 @@ class JsonLines:
         """Drop the rows of `stage` after `step`; returns how many. Other stages stay."""
         self._file.close()
         lines = _lines(self.path)
-        kept = [line for line in lines if not _is_after(json.loads(line), stage, step)]
+        rows = zip(lines, _parsed(self.path, lines, stage=str, step=int), strict=True)
+        kept = [line for line, row in rows if not _is_after(row, stage, step)]
         if len(kept) < len(lines):
             beside = self.path.with_name(self.path.name + ".tmp")
-            beside.write_text("".join(kept), encoding="utf-8", newline="\n")
+            beside.write_bytes(b"".join(kept))
             os.replace(beside, self.path)
         self._file = self._open()
         return len(lines) - len(kept)
@@ -161,7 +162,8 @@ class MetricsWriter:
         """What was written about `stage`; nothing in a process that does not write."""
         if self._lines is None:
             return []
-        return [row for row in read_rows(self._lines.path) if row["stage"] == stage]
+        rows = read_rows(self._lines.path, stage=str, step=int)
+        return [row for row in rows if row["stage"] == stage]
 
     def steps(self, stage: str) -> list[int]:
         """The steps that `stage` has rows of; none in a process that does not write."""
@@ -207,9 +209,30 @@ class RolloutLog:
             self._lines.close()
 
 
-def read_rows(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL file; half a line at its end, left by a kill, is no row."""
-    return [json.loads(line) for line in _lines(Path(path)) if line.endswith("\n")]
+def read_rows(path: str | Path, **needed: type) -> list[dict[str, Any]]:
+    """The rows of a JSONL file; half a line at its end, left by a kill, is no row.
+
+    `needed`: fields that every row must have, and their types. Raises ValueError, naming file and
+    line, for a line that is no such row.
+    """
+    path = Path(path)
+    return _parsed(path, [line for line in _lines(path) if line.endswith(b"\n")], **needed)
+
+
+def _parsed(path: Path, lines: Sequence[bytes], **needed: type) -> list[dict[str, Any]]:
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}, line {number}, is no JSON: {error}; delete the line") \
+                from error
+        whole = isinstance(row, dict) and all(type(row.get(k)) is t for k, t in needed.items())
+        if not whole:
+            kinds = ", ".join(f"{key} ({kind.__name__})" for key, kind in needed.items())
+            raise ValueError(f"{path}, line {number}, is no row with {kinds}; delete the line")
+        rows.append(row)
+    return rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -336,9 +359,10 @@ def _is_after(row: Mapping[str, Any], stage: str, step: int) -> bool:
     return row["stage"] == stage and row["step"] > step
 
 
-def _lines(path: Path) -> list[str]:
-    # Not str.splitlines: it also cuts at U+2028 and others, which JSON strings may hold.
-    with path.open(encoding="utf-8", newline="\n") as file:
+def _lines(path: Path) -> list[bytes]:
+    # Bytes end lines with b"\n" alone; of text, splitlines also cuts at U+2028 and others, which
+    # JSON strings may hold.
+    with path.open("rb") as file:
         return list(file)
 
 

@@ -20,6 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from gtalign_jax.model.safetensors_io import read_json
 from gtalign_jax.training.metrics import METRICS_FILE, read_rows
 
 RESULTS_FILE = "results.json"
@@ -81,7 +82,8 @@ def welfare_curves(workdir: str | Path, stage: str = "grpo") -> Path:
     Raises ValueError where there is no such row.
     """
     workdir = Path(workdir)
-    rows = [row for row in read_rows(workdir / METRICS_FILE) if row["stage"] == stage]
+    rows = read_rows(workdir / METRICS_FILE, stage=str, step=int)
+    rows = [row for row in rows if row["stage"] == stage]
     if not rows:
         raise ValueError(f"{workdir / METRICS_FILE} holds no row of stage {stage!r} to draw")
     results = read_results(workdir)
@@ -115,9 +117,22 @@ def save_results(workdir: str | Path, results: Mapping[str, Mapping[str, float]]
 
 
 def read_results(workdir: str | Path) -> dict[str, dict[str, float]]:
-    """What `save_results` wrote; empty where a run has not evaluated anything yet."""
+    """What `save_results` wrote; empty where a run has not evaluated anything yet.
+
+    Raises ValueError for a file that holds anything else.
+    """
     path = Path(workdir) / RESULTS_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if not path.exists():
+        return {}
+    results = read_json(path)
+    numbers = [value for row in results.values()
+               for value in (row.values() if isinstance(row, dict) else ["no row"])]
+    if not all(value is None or type(value) in (int, float) for value in numbers):
+        raise ValueError(
+            f"{path}: expected {{evaluation: {{metric: number or null}}}}; delete the file, and "
+            "the run evaluates anew"
+        )
+    return results
 
 
 def final_table(results: Mapping[str, Mapping[str, float]], *, markdown: bool = False) -> str:

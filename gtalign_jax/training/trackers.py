@@ -38,7 +38,7 @@ from typing import Any, Protocol
 
 from tensorboardX import SummaryWriter
 
-from gtalign_jax.training.services import SERVERS, MLflow, Results, Wandb, read_json, write_json
+from gtalign_jax.training.services import SERVERS, MLflow, Results, Wandb, read_known, write_json
 
 log = logging.getLogger(__name__)
 
@@ -265,7 +265,7 @@ def _identity(path: Path, settings: Mapping[str, Any]) -> str:
     """The name that a run of these settings had here before, or a new one."""
     text = json.dumps(settings, sort_keys=True, default=str)
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-    known = read_json(path)
+    known = read_known(path)
     if digest not in known:
         known[digest] = uuid.uuid4().hex[:12]
         write_json(path, known)
