@@ -3,7 +3,7 @@
 #
 #   bash launch/keep.sh [--restarts=5] [--pause=10] python -m gtalign_jax.main --config=…
 #
-# What its status means:  0 done  2 a mistake in its arguments: both end this too
+# What its status means:  0 done, 2 a mistake in its arguments, 130 ended by hand: they end this too
 #                         75 told to end, and saved: again at once
 #                         anything else: again after --pause seconds, twice as many each time
 # The latter ends after --restarts=N failures in a row; a command that ran longer than --well=600
@@ -64,7 +64,7 @@ while true; do
   wait_for_child
   child=""
   ran=$((SECONDS - began))
-  if [[ -n "$told" ]] || ((status == 0 || status == 2)); then
+  if [[ -n "$told" ]] || ((status == 0 || status == 2 || status == 130)); then
     exit "$status"
   fi
   if ((status == 75)); then
@@ -78,7 +78,7 @@ while true; do
       "$status" "$failures" "$restarts" >&2
     exit "$status"
   fi
-  seconds=$((pause << (failures - 1)))
+  seconds=$((pause << (failures < 7 ? failures - 1 : 6)))
   printf 'keep.sh: status %s after %s s; starting again (%s of %s) in %s s\n' \
     "$status" "$ran" "$failures" "$restarts" "$seconds" >&2
   sleep "$seconds" &

@@ -87,7 +87,8 @@ class Notice:
         self._undo.callback(signal.set_wakeup_fd, before)
         listener.start()
         for number in _SIGNALS:
-            self._undo.callback(signal.signal, number, signal.signal(number, self._handle))
+            if signal.getsignal(number) is not signal.SIG_IGN:  # so are Ctrl-C's in a background
+                self._undo.callback(signal.signal, number, signal.signal(number, self._handle))
         return self
 
     def __exit__(self, *_: Any) -> None:
