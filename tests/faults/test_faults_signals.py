@@ -2,11 +2,9 @@
 
 import functools
 import json
-import logging
 import os
 import signal
 import threading
-import time
 
 import jax
 import numpy as np
@@ -14,14 +12,10 @@ import orbax.checkpoint as ocp
 import pytest
 import runs
 
-from gtalign_jax import command, export, judging, report, session
+from gtalign_jax import export, judging, report, session
 from gtalign_jax import run as run_lib
-from gtalign_jax.config import Config
 from gtalign_jax.model import load
-from gtalign_jax.pod import notice as notice_lib
-from gtalign_jax.pod.notice import Notice, Preempted
-from gtalign_jax.pod.start import PodConfig
-from gtalign_jax.pod.watch import Watch
+from gtalign_jax.pod.notice import Preempted
 from gtalign_jax.reward.judges import make_judge
 from gtalign_jax.rollout.sampler import Sampler
 from gtalign_jax.training import collect
@@ -105,6 +99,7 @@ HITS = (  # where the run is told to end, one after the other; what is saved the
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Sharding info not provided")
 def test_a_run_that_is_told_to_end_in_each_of_its_phases_is_the_run_that_never_was(
     tmp_path, monkeypatch, capfd
 ):
