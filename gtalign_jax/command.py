@@ -3,8 +3,9 @@
     flags -> Config -> the processes of a pod become one -> the command's own work
 
 A mistake of the user's ends in one line that names it and exit status 2; a run that diverges,
-cannot save, has no judge or loses a process ends in one line and status 1. (On a pod the watch ends
-it: pod/watch.py.) SIGTERM and Ctrl-C save what is done and end with status 75 and 130.
+cannot save, has no judge or no memory, or loses a process ends in one line and status 1. (On a pod
+the watch ends it: pod/watch.py.) SIGTERM and Ctrl-C save what is done and end with status 75 and
+130.
 """
 
 import hashlib
@@ -16,7 +17,7 @@ from typing import Any
 from absl import flags
 
 from gtalign_jax.config import Config, from_flag, resolved_json
-from gtalign_jax.pod.ending import EXIT_MISTAKE, MISTAKES
+from gtalign_jax.pod.ending import EXIT_MISTAKE, MISTAKES, OutOfMemory
 from gtalign_jax.pod.exchange import PodError, is_first
 from gtalign_jax.pod.notice import Notice, Preempted
 from gtalign_jax.pod.start import start
@@ -52,7 +53,7 @@ def carry_out(
     except Preempted as told:
         print(told, file=sys.stderr)
         sys.exit(told.status)
-    except (CheckpointError, FloatingPointError, JudgeError, PodError) as error:
+    except (CheckpointError, FloatingPointError, JudgeError, OutOfMemory, PodError) as error:
         sys.exit(_fail(error, 1))
 
 

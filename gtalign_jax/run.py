@@ -16,7 +16,7 @@ import random
 
 import jax
 
-from gtalign_jax import export, report
+from gtalign_jax import export, memory, report
 from gtalign_jax.bench import Bench
 from gtalign_jax.config import Config
 from gtalign_jax.data import coldstart
@@ -158,7 +158,7 @@ def run(config: Config) -> dict[str, dict[str, float]]:
     Raises ValueError (ConfigError among them), FileNotFoundError, CheckpointError, and
     FloatingPointError where the training diverges, and Preempted where it was told to end.
     """
-    with Watch(config.pod) as watch:
+    with Watch(config.pod) as watch, memory.explained(watch):
         session = open_session(config, watch)
         with session.pushed(), contextlib.closing(session.metrics):
             past = _past_results(session) if is_first() else None

@@ -18,6 +18,10 @@ TOLD = (EXIT_PREEMPTED, EXIT_INTERRUPTED)
 MISTAKES = (ValueError, TypeError, FileNotFoundError)  # how such input shows
 
 
+class OutOfMemory(RuntimeError):
+    """A device had no room; the message names the phase, what was asked for and what would help."""
+
+
 def end(cause: str, status: int = EXIT, stacks: bool = True) -> NoReturn:
     """Writes `cause` and the stacks of all threads to stderr and ends this process at once."""
     try:

@@ -113,6 +113,11 @@ class Watch:
         finally:
             self.notice.__exit__()
 
+    def raised_in(self, error: BaseException) -> str:
+        """In which phase, in words; the innermost one."""
+        known = self._raised is not None and self._raised[0] is error
+        return str(self._raised[1] if known else self._phase)
+
     def where(self) -> str:
         """What this process does now, in words."""
         return str(self._phase)
@@ -256,6 +261,8 @@ class Watch:
 
     def _fail_by(self, error: BaseException) -> NoReturn:
         """Called by the main thread with what it raised."""
+        if isinstance(error, ending.OutOfMemory):  # its message says it all
+            self._fail(f"{self._me}: {error}", ending.EXIT_FAILED)
         traceback.print_exception(error, file=sys.stderr)
         known = self._raised is not None and self._raised[0] is error
         phase = self._raised[1] if known else self._phase

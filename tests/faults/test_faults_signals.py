@@ -27,8 +27,8 @@ STEPS = 6
 SETTINGS = {
     "stages": ("sft", "grpo", "evaluate", "export"), "sft__steps": 3, "grpo__steps": STEPS,
     "evaluate__every_steps": 4, "evaluate__temperature": 1.0, "data__test_size": 4,
-    "evaluate__batch_size": 8, "checkpoint__every": 100, "rollout__micro_batch_prompts": 1, "grpo__prompts_per_step": 16,
-    "rollout__max_new_tokens": 8,
+    "evaluate__batch_size": 8, "checkpoint__every": 100, "grpo__prompts_per_step": 16,
+    "rollout__micro_batch_prompts": 1, "rollout__max_new_tokens": 8,
 }
 
 
