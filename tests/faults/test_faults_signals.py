@@ -12,10 +12,12 @@ import orbax.checkpoint as ocp
 import pytest
 import runs
 
-from gtalign_jax import export, judging, report, session
+from gtalign_jax import command, export, judging, report, session
 from gtalign_jax import run as run_lib
+from gtalign_jax.config import Config
 from gtalign_jax.model import load
-from gtalign_jax.pod.notice import Preempted
+from gtalign_jax.pod import notice as notice_lib
+from gtalign_jax.pod.notice import Notice, Preempted
 from gtalign_jax.reward.judges import make_judge
 from gtalign_jax.rollout.sampler import Sampler
 from gtalign_jax.training import collect
@@ -123,3 +125,44 @@ def test_a_run_that_is_told_to_end_in_each_of_its_phases_is_the_run_that_never_w
     run_lib.run(told)
     for a, b in zip(end_of(tmp_path / "told"), end_of(tmp_path / "whole"), strict=True):
         assert a == b
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_command_ends_in_one_line_with_its_status_and_leaves_no_handler(
+    monkeypatch, capsys, number, status
+):
+    before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+    monkeypatch.setattr(command, "from_flag", lambda flag, cls: Config())
+    with pytest.raises(SystemExit) as ended:
+        command.carry_out(None, lambda config: os.kill(os.getpid(), number))
+    assert ended.value.code == status
+    said = f"told to end by {number.name} in start-up: there was nothing to save; the same command"
+    assert said in capsys.readouterr().err
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+def test_native_code_does_not_keep_a_process_where_nothing_is_to_save(monkeypatch):
+    monkeypatch.setattr(notice_lib, "NATIVE_S", 0.1)
+    left = []
+    count = jax.jit(lambda n: jax.lax.fori_loop(0, n, lambda i, x: x * 1.000001 + i, 1.0))
+    count(1).block_until_ready()
+    with pytest.raises(Preempted), Notice(leave=lambda *about: left.append(about)):
+        threading.Timer(0.1, tell).start()
+        while not left:
+            count(300_000_000).block_until_ready()
+    assert [status for _, status in left] == [75] and "SIGTERM in start-up" in left[0][0]
+
+
+def test_what_is_not_saved_is_held_until_all_can_end_together():
+    with pytest.raises(Preempted) as ended, Notice() as notice:
+        notice.hold()
+        assert not notice.heard()
+        tell()
+        assert notice.heard()
+        notice.check()
+    assert ended.value.together
+    with pytest.raises(Preempted) as ended, Notice() as notice:
+        notice.hold()
+        tell()
+        notice.release()
+    assert not ended.value.together
