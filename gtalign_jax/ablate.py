@@ -5,7 +5,7 @@ Trains the same cold start under several rewards and seeds, one run after the ot
 
 The same command goes on where it was stopped: a run that is finished is skipped, one that was
 killed continues from its last checkpoint. A run that diverges is noted and the others go on; the
-status is then 1. SIGTERM ends with status 75, a mistake of the user's with 2.
+status is then 1. SIGTERM ends with status 75, Ctrl-C with 130, a mistake of the user's with 2.
 """
 
 import contextlib
@@ -16,7 +16,6 @@ import logging
 import math
 import os
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -39,7 +38,6 @@ from gtalign_jax.model.safetensors_io import read_json
 from gtalign_jax.pod import exchange
 from gtalign_jax.pod.ending import EXIT_FAILED
 from gtalign_jax.pod.exchange import is_first
-from gtalign_jax.pod.notice import EXIT_PREEMPTED
 from gtalign_jax.pod.start import check_same
 from gtalign_jax.report.figures_forest import forest
 from gtalign_jax.report.figures_plane import plane_points
@@ -258,18 +256,11 @@ def kept_programs(directory: str) -> Iterator[None]:
             jax.config.update(name, value)
 
 
-def _end_when_told(number: int, frame: Any) -> None:
-    """SIGTERM outside of training, where a `Notice` listens: nothing there is worth finishing."""
-    del number, frame
-    sys.exit(EXIT_PREEMPTED)
-
-
 def whole(ablation: Ablation) -> None:
     """The runs, then their comparison. Ends the process with status 1 where a run failed."""
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax warns of each look at a checkpoint
     said = f"{ablation.rewards} {ablation.seeds} {ablation.workdir}"
     check_same("the ablation", {"rewards, seeds, workdir": said})
-    signal.signal(signal.SIGTERM, _end_when_told)
     with kept_programs(os.path.abspath(f"{ablation.workdir}/compiled")):
         failed = ablate(ablation)
     if is_first():

@@ -40,7 +40,7 @@ from typing import Any
 from absl import app, flags
 from rich.console import Console
 
-from gtalign_jax import compare, policies, report
+from gtalign_jax import compare, memory, policies, report
 from gtalign_jax.bench import Bench, check_config, keep_programs, open_bench
 from gtalign_jax.command import carry_out
 from gtalign_jax.config import Config, define_flag, fingerprint, parse_flags, save_run_info
@@ -81,7 +81,7 @@ def evaluate(config: Config, checkpoint: str = "", baseline: str = "", out: str 
     # Finite, since it is written to config.json, where JSON knows no infinity.
     judge = dataclasses.replace(config.judge, store=store, deadline_s=NO_DEADLINE_S)
     config = dataclasses.replace(config, judge=judge)
-    with Watch(config.pod) as watch:
+    with Watch(config.pod) as watch, memory.explained(watch):
         is_file = baseline.endswith(".jsonl") or ".jsonl:" in baseline
         side = _read_baseline(baseline) if is_file and is_first() else None
         found = [policies.find(checkpoint, config)]

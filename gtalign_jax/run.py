@@ -16,7 +16,7 @@ import random
 
 import jax
 
-from gtalign_jax import export, report
+from gtalign_jax import export, memory, report
 from gtalign_jax.bench import Bench
 from gtalign_jax.config import Config
 from gtalign_jax.data import coldstart
@@ -28,7 +28,6 @@ from gtalign_jax.model import load
 from gtalign_jax.model.spec import Params
 from gtalign_jax.pod import exchange
 from gtalign_jax.pod.exchange import is_first
-from gtalign_jax.pod.notice import Notice
 from gtalign_jax.pod.watch import Watch
 from gtalign_jax.session import Session, examples, open_session
 from gtalign_jax.training import plots
@@ -54,7 +53,8 @@ def load_policy(bench: Bench) -> Params:
     """The weights that the run starts from, cut over the mesh by the training rules."""
     config = bench.config
     key = jax.random.fold_in(jax.random.key(config.seed), 0)
-    return load.load_model(config.model, bench.model, bench.train_layout, key)
+    with bench.watch.phase("load"):
+        return load.load_model(config.model, bench.model, bench.train_layout, key)
 
 
 def _example_set(session: Session) -> ExampleSet:
@@ -158,8 +158,8 @@ def run(config: Config) -> dict[str, dict[str, float]]:
     Raises ValueError (ConfigError among them), FileNotFoundError, CheckpointError, and
     FloatingPointError where the training diverges, and Preempted where it was told to end.
     """
-    with Watch(config.pod) as watch:
-        session = open_session(config, watch, Notice())
+    with Watch(config.pod) as watch, memory.explained(watch):
+        session = open_session(config, watch)
         with session.pushed(), contextlib.closing(session.metrics):
             past = _past_results(session) if is_first() else None
             results = exchange.broadcast(past, "past results")
@@ -228,9 +228,10 @@ def _finish(session: Session, policy: Params | None,
     config, label = session.config, "as given"
     if policy is None:  # no training stage: the last policy trained here, else the model as given
         try:
-            policy, _, label = export.restore_policy(
-                config.workdir, config, layout=session.train_layout
-            )
+            with session.watch.phase("restore"):
+                policy, _, label = export.restore_policy(
+                    config.workdir, config, layout=session.train_layout
+                )
         except FileNotFoundError:
             policy = load_policy(session)
         if session.test is not None:
@@ -248,7 +249,8 @@ def _finish(session: Session, policy: Params | None,
     if results:
         session.console.say(_save_results(session, results))
     if is_first():
-        _report(session)
+        with session.watch.phase("report"):
+            _report(session)
     return results
 
 

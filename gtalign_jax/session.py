@@ -43,7 +43,7 @@ from gtalign_jax.data.tokenizer import chain_corpus, train_tokenizer
 from gtalign_jax.model.spec import ModelConfig, num_params
 from gtalign_jax.pod import exchange, share
 from gtalign_jax.pod.exchange import is_first
-from gtalign_jax.pod.notice import Notice, Preempted
+from gtalign_jax.pod.notice import Preempted
 from gtalign_jax.pod.start import check_same
 from gtalign_jax.pod.watch import Watch
 from gtalign_jax.training.checkpoint import Checkpointer
@@ -65,7 +65,6 @@ class Session(Bench):
 
     train: PromptSet | None
     metrics: MetricsWriter
-    notice: Notice
     files: Files
     fingerprint: dict[str, Any]
 
@@ -79,12 +78,10 @@ class Session(Bench):
         opened = Checkpointer(directory, self.config.checkpoint, prints, read_only=read_only)
         try:
             yield opened
-        except Preempted:  # all processes are here
-            opened.close()
-            raise
-        except BaseException:
+        except BaseException as error:
             # Among several, closing waits for peers that may not come; the watch ends them all.
-            if exchange.process_count() == 1:
+            together = isinstance(error, Preempted) and error.together
+            if together or exchange.process_count() == 1:
                 opened.close()
             raise
         opened.close()
@@ -92,8 +89,9 @@ class Session(Bench):
     def push(self) -> None:
         """Sends the run's files to where the work directory is, if that is not here."""
         if is_first():
-            self.metrics.flush()
-            self.files.push()
+            with self.watch.phase("push"):
+                self.metrics.flush()
+                self.files.push()
 
     @contextlib.contextmanager
     def pushed(self) -> Iterator[None]:
@@ -114,13 +112,13 @@ class Session(Bench):
         if name == "grpo":
             trace = (self.config.grpo.profile_step, f"{self.files.directory}/profile")
         return Stage(name, steps, self.config.seed, checkpoints, self.config.checkpoint,
-                     self.metrics, self.console, self.watch, self.notice, self.config.guard,
+                     self.metrics, self.console, self.watch, self.config.guard,
                      Dumps(self.files.directory / "nonfinite",
                            functools.partial(decode, self.tokenizer)),
                      self.push, log_every, trace)
 
 
-def open_session(config: Config, watch: Watch, notice: Notice) -> Session:
+def open_session(config: Config, watch: Watch) -> Session:
     """Everything before the first step. Raises ValueError and the like with a text for the user."""
     check_config(config)
     files = _files(config)
@@ -128,14 +126,15 @@ def open_session(config: Config, watch: Watch, notice: Notice) -> Session:
     trains = any(stage in config.stages for stage in export.TRAINING_STAGES)
     prompts = training_prompts(config) if trains else []
     sources = [prompt.data_source for prompt in prompts]
-    bench = open_bench(config, watch, _tokenizer(config, prompts, files), sources)
+    with watch.phase("tokenizer"):
+        tokenizer_dir = _tokenizer(config, prompts, files)
+    bench = open_bench(config, watch, tokenizer_dir, sources)
     train = PromptSet(prompts, bench.tokenizer, config.data.max_prompt_tokens) if trains else None
     identity = _identity(config, bench.model, bench.tokenizer, prompts)
     session = Session(
         **vars(bench),
         train=train,
         metrics=MetricsWriter(files.directory, enabled=is_first()),
-        notice=notice,
         files=files,
         fingerprint=fingerprint(config, identity=identity),
     )

@@ -74,8 +74,9 @@ def evaluate(params: Any, collect: Collector, prompts: PromptSet, cfg: EvaluateC
         told(start + real, count)
     rollout = jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
     rollout = rollout.replace(slots=rollout.slots.sum())
-    experience = collect.assess(prompts.take(wanted), np.concatenate(places), rollout)
-    whole = experience.at_first()
+    assessing = collect.assessing(prompts.take(wanted))
+    assessing.begin(np.concatenate(places), rollout)
+    whole = collect.finished(assessing).at_first()
     means = None if whole is None else summarise(whole)
     return exchange.broadcast(means, "evaluation"), [] if whole is None else log_rows(whole)
 
