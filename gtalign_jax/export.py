@@ -63,28 +63,33 @@ def restore_policy(
     workdir: str | Path, config: Config, stage: str | None = None, step: int | None = None,
     layout: Layout | None = None,
 ) -> tuple[Params, ModelConfig, str]:
-    """(weights, their sizes, "stage step N") of a checkpoint; by default the run's last one.
+    """(weights, their sizes, "stage step N") of a checkpoint; by default the run's last one that
+    is whole.
 
     They lie on one device, or as `layout` says.
 
     Raises FileNotFoundError where there is no such checkpoint, CheckpointError where it holds
-    another model.
+    another model or is damaged.
     """
-    stage, step = find_checkpoint(workdir, stage, step)
+    stage, _ = find_checkpoint(workdir, stage, step)
     tokenizer = load_tokenizer(find_tokenizer(config, workdir))
     model = load.model_config(config.model, len(tokenizer))
     params = abstract_params(model)
     if layout is not None:
         params = placed(params, param_shardings(model, layout))
     with _reader(workdir, stage) as checkpoints:
-        saved, _ = checkpoints.restore({"state": {"params": params}}, step, partial=True)
+        wanted = {"state": {"params": params}}
+        if step is None:
+            step, saved, _ = checkpoints.newest(wanted, partial=True)
+        else:
+            saved, _ = checkpoints.restore(wanted, step, partial=True)
     return saved["state"]["params"], model, f"{stage} step {step}"
 
 
 def find_checkpoint(
     workdir: str | Path, stage: str | None = None, step: int | None = None
 ) -> tuple[str, int]:
-    """(stage, step) of a checkpoint; by default the run's last one. Nothing is read from it.
+    """(stage, step) of a checkpoint; by default the run's last one. No array is read from it.
 
     Raises FileNotFoundError where there is no such checkpoint, with the steps that there are.
     """
@@ -94,12 +99,12 @@ def find_checkpoint(
         if not exchange.broadcast(is_dir(directory), "checkpoint directory"):
             continue
         with _reader(workdir, name) as checkpoints:
-            steps = checkpoints.steps()
+            steps, newest = checkpoints.steps(), checkpoints.check()
         if not steps:  # killed before its first save: the stage before counts
             continue
         if step is not None and step not in steps:
             raise FileNotFoundError(f"no checkpoint of step {step} in {directory}: {steps}")
-        return name, steps[-1] if step is None else step
+        return name, step or newest or steps[-1]
     raise FileNotFoundError(f"{workdir} holds no checkpoint of {' or '.join(stages)}")
 
 

@@ -116,11 +116,12 @@ def run_grpo(session: Session, policy: Params, checkpoints: Checkpointer) -> Tra
     updates = cfg.steps * cfg.updates_per_step
     fresh, abstract = _states(session, policy, cfg, updates, checkpoints)
     every = config.evaluate.every_steps if session.test else 0
-    session.metrics.truncate("evaluate", checkpoints.latest() or 0)
-    evaluated = exchange.broadcast(session.metrics.steps("evaluate"), "steps evaluated")
 
     def after(step: int, state: TrainState) -> None:
-        if every and step % every == 0 and step < cfg.steps and step not in evaluated:
+        if not every or step % every or step >= cfg.steps:
+            return
+        evaluated = exchange.broadcast(session.metrics.steps("evaluate"), "steps evaluated")
+        if step not in evaluated:
             means = evaluate_policy(session, state.params, f"step {step}")
             session.metrics.write("evaluate", step, means)
             session.push()  # the save of this step came before: it would not be evaluated again

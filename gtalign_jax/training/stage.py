@@ -48,15 +48,14 @@ class Stage:
         # On every device: on one of several it could not meet the weights in a jitted function.
         everywhere = abstract.updates.sharding
         key = jax.jit(lambda: jax.random.key(self.seed), out_shardings=everywhere)()
-        done = self.checkpoints.latest()
-        if done is None:
+        if self.checkpoints.latest() is None:
             self.metrics.truncate(self.name, 0)
             return fresh(), key, 0, None
         wanted = {
             "state": abstract,
             "key": jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=everywhere),
         } | ({} if pending is None else {"pending": pending})
-        saved, _ = self.checkpoints.restore(wanted, done)
+        done, saved, _ = self.checkpoints.newest(wanted)
         self.metrics.truncate(self.name, done)
         self.console.say(f"{self.name}: continuing after step {done}")
         return saved["state"], saved["key"], done, saved.get("pending")
@@ -79,6 +78,7 @@ class Stage:
                 if (step + 1) % self.log_every == 0 or step + 1 == self.steps:
                     self.console.step(step + 1, metrics)
                 _check_finite(self.name, step + 1, metrics)
+                self.checkpoints.look()
                 told = self.notice.given()
                 due = (step + 1) % self.checkpoint.every == 0 or step + 1 == self.steps
                 if told or due:
