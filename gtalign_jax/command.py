@@ -3,8 +3,8 @@
     flags -> Config -> the processes of a pod become one -> the command's own work
 
 A mistake of the user's ends in one line that names it and exit status 2; a run that diverges,
-cannot save, has no judge or loses a process ends in one line and status 1. (On a pod the watch ends
-it: pod/watch.py.) SIGTERM saves the step at hand and ends a run with status 75.
+cannot save or write a file, has no judge or loses a process ends in one line and status 1. (On a
+pod the watch ends it: pod/watch.py.) SIGTERM saves the step at hand and ends a run with status 75.
 """
 
 import hashlib
@@ -22,6 +22,7 @@ from gtalign_jax.pod.notice import EXIT_PREEMPTED, Preempted
 from gtalign_jax.pod.start import start
 from gtalign_jax.reward.judges import JudgeError
 from gtalign_jax.training.checkpoint import CheckpointError
+from gtalign_jax.training.files import explained
 
 CHATTY = {  # the judge's client reports each request, orbax warns of each look at a checkpoint
     "httpx": logging.WARNING, "httpx2": logging.WARNING, "jax": logging.WARNING,
@@ -53,10 +54,12 @@ def carry_out(
         sys.exit(EXIT_PREEMPTED)
     except (CheckpointError, FloatingPointError, JudgeError, PodError) as error:
         sys.exit(_fail(error, 1))
+    except OSError as error:
+        sys.exit(_fail(explained(error), 1))
 
 
-def _fail(error: Exception, status: int) -> int:
+def _fail(what: Exception | str, status: int) -> int:
     if logging.getLogger().isEnabledFor(logging.DEBUG):
         logging.exception("the run ended")
-    print(f"error: {error}", file=sys.stderr)
+    print(f"error: {what}", file=sys.stderr)
     return status

@@ -34,6 +34,7 @@ from gtalign_jax.reward.scoring import RewardConfig
 from gtalign_jax.reward.tasks import component_names
 from gtalign_jax.rollout.sampler import SamplerConfig
 from gtalign_jax.training.checkpoint import CheckpointConfig, flatten
+from gtalign_jax.training.files import write_whole
 from gtalign_jax.training.grpo import GRPOConfig
 from gtalign_jax.training.micro import piece_count
 from gtalign_jax.training.sft import SFTConfig
@@ -348,8 +349,8 @@ def save_run_info(workdir: str | Path, config: Config) -> None:
         },
         "packages": versions(),
     }
-    (workdir / CONFIG_FILE).write_text(resolved_json(config), encoding="utf-8")
-    (workdir / RUN_INFO_FILE).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
+    write_whole(workdir / CONFIG_FILE, resolved_json(config))
+    write_whole(workdir / RUN_INFO_FILE, json.dumps(info, indent=2) + "\n")
 
 
 def git_revision() -> str | None:

@@ -37,6 +37,7 @@ from gtalign_jax.model.spec import ModelConfig, Params, abstract_params, num_par
 from gtalign_jax.pod import exchange
 from gtalign_jax.pod.exchange import is_first
 from gtalign_jax.training.checkpoint import CheckpointConfig, Checkpointer, CheckpointError
+from gtalign_jax.training.files import explained
 from gtalign_jax.training.metrics import read_rows
 from gtalign_jax.workdir import Files, is_dir, local, to_write
 
@@ -229,6 +230,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             write(params, model, config, tokenizer_dir, out, usage)
     except (FileNotFoundError, ConfigError, CheckpointError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"error: {explained(error)}", file=sys.stderr)
         return 1
     print(
         f"exported {what} ({num_params(model):,} parameters) to {args.out}; load it with "

@@ -33,6 +33,7 @@ from gtalign_jax.pod.watch import Watch
 from gtalign_jax.session import Session, examples, open_session
 from gtalign_jax.training import plots
 from gtalign_jax.training.checkpoint import Checkpointer
+from gtalign_jax.training.files import write_whole
 from gtalign_jax.training.learner import make_reshard
 from gtalign_jax.training.metrics import RolloutLog, read_rows
 from gtalign_jax.training.sft import ExampleSet
@@ -188,7 +189,7 @@ def _past_results(session: Session) -> dict[str, dict[str, float]]:
         if (workdir / EVALUATIONS_FILE).exists():  # somebody may still want to read them
             (workdir / EVALUATIONS_FILE).replace(workdir / f"{EVALUATIONS_FILE}.old")
         session.metrics.truncate("evaluate", 0)
-        mark.write_text(digest)
+        write_whole(mark, digest)
         session.push()
     return plots.read_results(workdir)
 

@@ -15,7 +15,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -39,6 +38,7 @@ from rich.progress import (
 from rich.text import Text
 
 from gtalign_jax.pod.watch import Watch
+from gtalign_jax.training.files import naming, write_whole
 from gtalign_jax.training.trackers import TensorBoard, Tracker
 
 METRICS_FILE = "metrics.jsonl"
@@ -102,8 +102,9 @@ class JsonLines:
 
     def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """All rows in one write, flushed: a reader never sees a step by half."""
-        self._file.write("".join(_dumps(row) + "\n" for row in rows))
-        self._file.flush()
+        with naming(self.path):
+            self._file.write("".join(_dumps(row) + "\n" for row in rows))
+            self._file.flush()
 
     def truncate(self, stage: str, step: int) -> int:
         """Drop the rows of `stage` after `step`; returns how many. Other stages stay."""
@@ -111,14 +112,13 @@ class JsonLines:
         lines = _lines(self.path)
         kept = [line for line in lines if not _is_after(json.loads(line), stage, step)]
         if len(kept) < len(lines):
-            beside = self.path.with_name(self.path.name + ".tmp")
-            beside.write_text("".join(kept), encoding="utf-8", newline="\n")
-            os.replace(beside, self.path)
+            write_whole(self.path, "".join(kept))
         self._file = self._open()
         return len(lines) - len(kept)
 
     def close(self) -> None:
-        self._file.close()
+        with naming(self.path):  # what a full disk has not taken is still to be written
+            self._file.close()
 
     def _open(self) -> TextIO:
         # Half a surrogate pair has no UTF-8; backslashreplace writes it as JSON's own escape.

@@ -6,12 +6,13 @@ What a metric is called there is `tracked_name`. Neither knows of threads: what 
 import contextlib
 import json
 import math
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from gtalign_jax.training.files import write_whole
 
 WANDB_ROWS_FILE, REPORT_FILE = "wandb.json", "report.html"
 INIT_S = 30.0  # what it may take to answer at all
@@ -175,6 +176,4 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    beside = path.with_name(f".{path.name}.partial")
-    beside.write_text(json.dumps(value) + "\n", encoding="utf-8")
-    os.replace(beside, path)
+    write_whole(path, json.dumps(value) + "\n")
