@@ -183,6 +183,13 @@ def check(config: Config, device_count: int, slices: int = 1, device: str = "cpu
             "sft", ("batch_size", config.sft.batch_size),
             ("micro_batch_size", config.sft.micro_batch_size), shards,
         )
+    if config.checkpoint.keep_best and "grpo" in config.stages and not (
+            config.evaluate.every_steps and "evaluate" in config.stages):
+        problems.append(
+            f"checkpoint.keep_best={config.checkpoint.keep_best}, evaluate.every_steps="
+            f"{config.evaluate.every_steps}, stages={config.stages}: what is best is known of "
+            "steps that are evaluated; set evaluate.every_steps >= 1 and the stage 'evaluate'"
+        )
     if "evaluate" in config.stages:
         problems += _cut_problems(
             "evaluate", ("batch_size", config.evaluate.batch_size), ("", 0), shards

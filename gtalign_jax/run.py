@@ -1,6 +1,6 @@
 """A run: the stages named in the config, in order, each picking up where it was left.
 
-    session = open_session(config)
+    with opened(config) as session
     policy = load; evaluate; policy = sft; evaluate; policy = grpo; evaluate; export
 
 Every process of a pod runs all of this; files are written by process 0.
@@ -18,7 +18,7 @@ import jax
 
 from gtalign_jax import export, report
 from gtalign_jax.bench import Bench
-from gtalign_jax.config import Config
+from gtalign_jax.config import Config, ConfigError
 from gtalign_jax.data import coldstart
 from gtalign_jax.data.chat import encode_chats, encode_completion
 from gtalign_jax.evaluation import tables
@@ -30,7 +30,7 @@ from gtalign_jax.pod import exchange
 from gtalign_jax.pod.exchange import is_first
 from gtalign_jax.pod.notice import Notice
 from gtalign_jax.pod.watch import Watch
-from gtalign_jax.session import Session, examples, open_session
+from gtalign_jax.session import Session, examples, opened
 from gtalign_jax.training import plots
 from gtalign_jax.training.checkpoint import Checkpointer
 from gtalign_jax.training.files import write_whole
@@ -151,7 +151,12 @@ def _states(session: Session, policy: Params | None, cfg: OptimizerConfig, updat
 def evaluate_policy(session: Session, params: Params, label: str) -> dict[str, float]:
     """Means over the held-out prompts; the completions go to evaluations.jsonl."""
     _, reshard = session.evaluation
-    return session.examine(reshard(params), label, session.files.directory)
+    means = session.examine(reshard(params), label, session.files.directory)
+    cfg = session.config.checkpoint
+    if cfg.keep_best and cfg.best_metric not in means:
+        raise ConfigError(f"checkpoint.best_metric={cfg.best_metric!r}: no mean of an evaluation; "
+                          f"allowed: {', '.join(sorted(means))}")
+    return means
 
 
 def run(config: Config) -> dict[str, dict[str, float]]:
@@ -161,8 +166,7 @@ def run(config: Config) -> dict[str, dict[str, float]]:
     FloatingPointError where the training diverges, and Preempted where it was told to end.
     """
     with Watch(config.pod) as watch:
-        session = open_session(config, watch, Notice())
-        with session.pushed(), contextlib.closing(session.metrics):
+        with opened(config, watch, Notice()) as session:
             past = _past_results(session) if is_first() else None
             results = exchange.broadcast(past, "past results")
             results = _finish(session, _train(session, results), results)

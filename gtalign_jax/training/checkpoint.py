@@ -23,7 +23,6 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from etils import epath
 
 from gtalign_jax.pod import exchange
 from gtalign_jax.training import integrity
@@ -40,12 +39,16 @@ class CheckpointConfig:
 
     every: int = 10  # optimizer steps between saves; the last step is always saved
     keep: int = 2  # newest checkpoints kept; older ones are deleted
+    keep_best: int = 0  # of those evaluated during GRPO, how many of the best are kept besides
+    best_metric: str = "reward/total"  # the mean of an evaluation that says so; higher is better
     force: bool = False  # restore although the fingerprint differs
 
     def __post_init__(self) -> None:
-        for key, value in (("every", self.every), ("keep", self.keep)):
-            if value < 1:
-                raise ValueError(f"checkpoint.{key}={value}: expected an integer >= 1")
+        for key, least in (("every", 1), ("keep", 1), ("keep_best", 0)):
+            if getattr(self, key) < least:
+                raise ValueError(
+                    f"checkpoint.{key}={getattr(self, key)}: expected an integer >= {least}"
+                )
 
 
 class CheckpointError(RuntimeError):
@@ -71,10 +74,12 @@ class Checkpointer:
         fingerprint: Mapping[str, Any] | None,
         *,
         read_only: bool = False,
+        scores: Callable[[], Mapping[int, float]] = dict,
     ) -> None:
         """`fingerprint` is JSON-like (nested dicts allowed): what makes this run this run.
 
         A training run opens its directory to write, and sweeps up what a killed save left there.
+        `scores`, by step, of what is evaluated so far; asked in process 0, for `keep_best`.
         `read_only` (then `fingerprint` may be None: not compared) is for reading beside such a run.
         """
         text = str(directory)
@@ -82,7 +87,8 @@ class Checkpointer:
         self._read_only = read_only
         self._force = cfg.force or (read_only and fingerprint is None)
         self._fingerprint = flatten(json.loads(json.dumps(dict(fingerprint or {}))))
-        self._keep = None if read_only else Keep(cfg.keep)
+        self._keep = None if read_only else Keep(cfg.keep, cfg.keep_best)
+        self._scores = scores
         self._manager = open_manager(self.directory, self._keep)
         self._arrays = ocp.PyTreeCheckpointHandler()  # to read with
 
@@ -97,6 +103,9 @@ class Checkpointer:
         self.wait()
         if step in self.steps():
             return
+        if self._keep.best:  # before orbax asks what may go
+            scores = self._scores() if exchange.is_first() else None
+            self._keep.scores = exchange.broadcast(scores, "scores of checkpoints")
         state = jax.tree.map(_key_to_data, state)
         run = {"fingerprint": self._fingerprint, "extra": dict(extra or {}),
                "leaves": integrity.records(state)}
@@ -210,7 +219,7 @@ class Checkpointer:
             try:
                 for step in damaged:
                     log.warning("the checkpoint of step %d is now %s: delete it when nobody wants "
-                                "to look at it", step, set_aside(self.directory, step))
+                                "to look at it", step, set_aside(self._manager.directory, step))
             except OSError as error:
                 problem = integrity.reason(error)
         problem = exchange.broadcast(problem, "damaged checkpoints set aside")
@@ -283,8 +292,9 @@ class Checkpointer:
             self._manager.close()
             self._arrays.close()
 
-    def _path(self, step: int, item: str) -> epath.Path:
-        return epath.Path(self.directory) / str(step) / item
+    def _path(self, step: int, item: str) -> Any:
+        """Of a kind of path that knows gs://, too."""
+        return self._manager.directory / str(step) / item
 
     def _run_of(self, step: int) -> dict[str, Any]:
         """What lies beside the arrays: whose they are (checked here), `extra` and checksums."""

@@ -1,11 +1,12 @@
 """Whether what a checkpoint gives back is what was put in.
 
-    sums(x) = (Σ_i x_i,  Σ_i (i + 1) x_i)   mod 2^32
+    sums(x) = (Σ_i h(x_i + a i),  Σ_i h(x_i + b i))   mod 2^32
 
-x_i are the bits of element i as an unsigned integer. Integer sums are exact in any order, so they
-are the same on any number of devices; one changed element always changes the first, and whatever
-else happens to an array leaves both as they were once in 2^64. They are taken on the devices: one
-read of the state, nothing gathered.
+x_i are the bits of element i as an unsigned integer, h stirs 32 bits one to one. Integer sums are
+exact in any order, so they are the same on any number of devices; one changed element always
+changes both, and whatever else happens to an array leaves them as they were once in 2^64. (Without
+h, a change of every sign would cancel out.) They are taken on the devices: one read of the state,
+nothing gathered.
 
 Storage can fail in two ways, which must not be mixed up: what it holds is damaged (an older
 checkpoint is the way on), or it cannot be asked just now (then nothing may be concluded).
@@ -23,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
+_ODD = (0x9E3779B1, 0x85EBCA77)  # a and b
 _GONE = (2, 20, 21)  # no such file, not a directory, is a directory: of what the disk holds
 _UNABLE = re.compile(  # what TensorStore says of storage that cannot be asked
     r"PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|ABORTED"
@@ -73,12 +75,19 @@ def _sums(x: jax.Array) -> jax.Array:
         x = x.astype(jnp.uint8)
     width = min(x.dtype.itemsize, 4)  # of 64 bits jax makes two elements
     bits = jax.lax.bitcast_convert_type(x, f"uint{8 * width}").astype(jnp.uint32)
-    place, stride = jnp.ones(bits.shape, jnp.uint32), 1
+    place, stride = jnp.zeros(bits.shape, jnp.uint32), 1
     for axis in reversed(range(bits.ndim)):
         steps = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
         place = place + steps * jnp.uint32(stride % 2**32)
         stride *= bits.shape[axis]
-    return jnp.stack([jnp.sum(bits), jnp.sum(bits * place)])
+    return jnp.stack([jnp.sum(_stirred(bits + place * jnp.uint32(odd))) for odd in _ODD])
+
+
+def _stirred(x: jax.Array) -> jax.Array:
+    """Each of its 32 bits depends on all of those of `x` (the end of MurmurHash3)."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
 
 
 def seal(run: Mapping[str, Any]) -> dict[str, Any]:

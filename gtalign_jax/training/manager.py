@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import orbax.checkpoint as ocp
-from etils import epath
 
 STATE, RUN = "state", "run"  # the two items of a checkpoint directory
 
@@ -65,9 +64,10 @@ def open_manager(directory: str, keep: Keep | None) -> Manager:
     return Manager(directory, options=options, item_handlers=handlers)
 
 
-def set_aside(directory: str, step: int) -> epath.Path:
-    """Gives a checkpoint a name that is no step's and nobody's yet, and returns that."""
-    old, number = epath.Path(directory) / str(step), 1
+def set_aside(directory: Any, step: int) -> Any:
+    """Gives a checkpoint in a manager's directory a name that is no step's and nobody's yet, and
+    returns its new path."""
+    old, number = directory / str(step), 1
     new = old.with_name(f"{step}.corrupt")
     while new.exists():
         number += 1

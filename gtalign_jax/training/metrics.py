@@ -166,6 +166,11 @@ class MetricsWriter:
         """The steps that `stage` has rows of; none in a process that does not write."""
         return [row["step"] for row in self.rows(stage)]
 
+    def values(self, stage: str, name: str) -> dict[int, float]:
+        """{step: value} of one metric, without those that are not finite."""
+        rows = self.rows(stage)
+        return {row["step"]: row[name] for row in rows if row.get(name) is not None}
+
     def flush(self) -> None:
         """What was written is in the files; of TensorBoard's, but for the last moment's."""
         self._board.flush()

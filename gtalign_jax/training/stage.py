@@ -37,6 +37,7 @@ class Stage:
     notice: Notice
     push: Callable[[], None] = lambda: None  # what is to be done with the files before each save
     log_every: int = 1  # steps between lines on the console; the files get every step
+    evaluated_every: int = 0  # steps between evaluations whose states must be saved, too
     trace: tuple[int, str] = (0, "")  # the step of which a profile is written, and where
 
     def resume(self, fresh: Callable[[], TrainState], abstract: TrainState, pending: Any = None
@@ -80,7 +81,8 @@ class Stage:
                 _check_finite(self.name, step + 1, metrics)
                 self.checkpoints.look()
                 told = self.notice.given()
-                due = (step + 1) % self.checkpoint.every == 0 or step + 1 == self.steps
+                due = (step + 1) % self.checkpoint.every == 0 or step + 1 == self.steps or (
+                    self.evaluated_every and (step + 1) % self.evaluated_every == 0)
                 if told or due:
                     with self.watch.phase("save", step + 1):
                         self.push()
