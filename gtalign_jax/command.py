@@ -24,9 +24,11 @@ from gtalign_jax.reward.judges import JudgeError
 from gtalign_jax.training.checkpoint import CheckpointError
 from gtalign_jax.training.files import explained
 
-CHATTY = {  # the judge's client reports each request, orbax warns of each look at a checkpoint
+# The judge's client reports each request; orbax warns of each look at a checkpoint, and of each
+# array that a full disk did not take, with a trace, besides the error that it raises.
+CHATTY = {
     "httpx": logging.WARNING, "httpx2": logging.WARNING, "jax": logging.WARNING,
-    "absl": logging.ERROR,
+    "absl": logging.CRITICAL, "asyncio": logging.CRITICAL,
 }  # fmt: skip
 
 

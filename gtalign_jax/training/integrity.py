@@ -15,6 +15,7 @@ checkpoint is the way on), or it cannot be asked just now (then nothing may be c
 import functools
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -119,9 +120,7 @@ def is_damage(error: BaseException) -> bool:
     it, does not answer, or that this machine lacks memory."""
     chain = list(_chain(error))
     for link in chain:
-        number = link.errno if isinstance(link, OSError) else None
-        told = re.search(r"OS error (\d+)", str(link))
-        number = int(told[1]) if told else number
+        number = _number(link)
         if number is not None and number not in _GONE:
             return False
         if isinstance(link, MemoryError | RuntimeError | TimeoutError) or _UNABLE.search(str(link)):
@@ -134,7 +133,15 @@ def reason(error: BaseException) -> str:
     """What the first cause of an error says, in one short line."""
     first = list(_chain(error))[-1]
     lines = str(first).partition(" [tensorstore_spec=")[0].strip().splitlines() or [""]
-    return f"{type(first).__name__}: {lines[0][:300]}"
+    said = f"{type(first).__name__}: {lines[0][:300]}"
+    number = _number(first)  # what TensorStore says of it comes late in a long line
+    return said if number is None else f"{os.strerror(number)} ({said})"
+
+
+def _number(error: BaseException) -> int | None:
+    """Of the operating system's error, where it is one, as Python or TensorStore tells it."""
+    found = re.search(r"os_error_code='(\d+)'", str(error))
+    return int(found[1]) if found else getattr(error, "errno", None)
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
