@@ -32,7 +32,6 @@ from gtalign_jax.config import Config, define_flag, parse_flags
 from gtalign_jax.evaluation import ablation_tables
 from gtalign_jax.evaluation.ablation import Comparison
 from gtalign_jax.evaluation.measures import Row, by_label
-from gtalign_jax.evaluation.tables import write_whole
 from gtalign_jax.freeze import ConfigError, to_dict
 from gtalign_jax.model.safetensors_io import read_json
 from gtalign_jax.pod import exchange
@@ -45,6 +44,7 @@ from gtalign_jax.report.ink import Picture
 from gtalign_jax.run import run as run_one
 from gtalign_jax.training import plots
 from gtalign_jax.training.checkpoint import flatten
+from gtalign_jax.training.files import write_whole
 from gtalign_jax.training.metrics import read_rows
 from gtalign_jax.variants import COLD_START, Ablation, Run, plan
 

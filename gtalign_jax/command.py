@@ -3,9 +3,9 @@
     flags -> Config -> the processes of a pod become one -> the command's own work
 
 A mistake of the user's ends in one line that names it and exit status 2; a run that diverges,
-cannot save, has no judge or no memory, or loses a process ends in one line and status 1. (On a pod
-the watch ends it: pod/watch.py.) SIGTERM and Ctrl-C save what is done and end with status 75 and
-130.
+cannot save or write a file, has no judge or no memory, or loses a process ends in one line and
+status 1. (On a pod the watch ends it: pod/watch.py.) SIGTERM and Ctrl-C save what is done and end
+with status 75 and 130.
 """
 
 import hashlib
@@ -23,10 +23,13 @@ from gtalign_jax.pod.notice import Notice, Preempted
 from gtalign_jax.pod.start import start
 from gtalign_jax.reward.judges import JudgeError
 from gtalign_jax.training.checkpoint import CheckpointError
+from gtalign_jax.training.files import explained
 
-CHATTY = {  # the judge's client reports each request, orbax warns of each look at a checkpoint
+# The judge's client reports each request; orbax warns of each look at a checkpoint, and of each
+# array that a full disk did not take, with a trace, besides the error that it raises.
+CHATTY = {
     "httpx": logging.WARNING, "httpx2": logging.WARNING, "jax": logging.WARNING,
-    "absl": logging.ERROR,
+    "absl": logging.CRITICAL, "asyncio": logging.CRITICAL,
 }  # fmt: skip
 
 
@@ -55,10 +58,12 @@ def carry_out(
         sys.exit(told.status)
     except (CheckpointError, FloatingPointError, JudgeError, OutOfMemory, PodError) as error:
         sys.exit(_fail(error, 1))
+    except OSError as error:
+        sys.exit(_fail(explained(error), 1))
 
 
-def _fail(error: Exception, status: int) -> int:
+def _fail(what: Exception | str, status: int) -> int:
     if logging.getLogger().isEnabledFor(logging.DEBUG):
         logging.exception("the run ended")
-    print(f"error: {error}", file=sys.stderr)
+    print(f"error: {what}", file=sys.stderr)
     return status

@@ -35,6 +35,7 @@ from gtalign_jax.reward.scoring import RewardConfig
 from gtalign_jax.reward.tasks import component_names
 from gtalign_jax.rollout.sampler import SamplerConfig
 from gtalign_jax.training.checkpoint import CheckpointConfig, flatten
+from gtalign_jax.training.files import write_whole
 from gtalign_jax.training.grpo import GRPOConfig
 from gtalign_jax.training.guard import GuardConfig
 from gtalign_jax.training.micro import piece_count
@@ -192,6 +193,13 @@ def check(config: Config, device_count: int, slices: int = 1, device: str = "cpu
         problems += _cut_problems(
             "sft", ("batch_size", config.sft.batch_size),
             ("micro_batch_size", config.sft.micro_batch_size), shards,
+        )
+    if config.checkpoint.keep_best and "grpo" in config.stages and not (
+            config.evaluate.every_steps and "evaluate" in config.stages):
+        problems.append(
+            f"checkpoint.keep_best={config.checkpoint.keep_best}, evaluate.every_steps="
+            f"{config.evaluate.every_steps}, stages={config.stages}: what is best is known of "
+            "steps that are evaluated; set evaluate.every_steps >= 1 and the stage 'evaluate'"
         )
     if "evaluate" in config.stages:
         problems += _cut_problems(
@@ -363,8 +371,8 @@ def save_run_info(workdir: str | Path, config: Config) -> None:
         },
         "packages": versions(),
     }
-    (workdir / CONFIG_FILE).write_text(resolved_json(config), encoding="utf-8")
-    (workdir / RUN_INFO_FILE).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
+    write_whole(workdir / CONFIG_FILE, resolved_json(config))
+    write_whole(workdir / RUN_INFO_FILE, json.dumps(info, indent=2) + "\n")
 
 
 def git_revision() -> str | None:

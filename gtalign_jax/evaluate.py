@@ -53,6 +53,7 @@ from gtalign_jax.pod.exchange import is_first
 from gtalign_jax.pod.watch import Watch
 from gtalign_jax.policies import Policy
 from gtalign_jax.report.load import COMPARISON_FILE
+from gtalign_jax.training.files import write_whole
 from gtalign_jax.training.metrics import METRICS_FILE, read_rows
 from gtalign_jax.workdir import Files, is_dir, local
 
@@ -208,7 +209,7 @@ def _begin(folder: Path, plan: dict[str, Any]) -> None:
     if not file.exists() or file.read_text(encoding="utf-8") != text:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        tables.write_whole(file, text)
+        write_whole(file, text)
 
 
 def _answer(policy: Policy, bench: Bench, folder: Path) -> None:

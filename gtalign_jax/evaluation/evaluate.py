@@ -8,7 +8,6 @@ numbers before and after training are about the same prompts.
 import dataclasses
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 from gtalign_jax.data.batches import PromptSet
 from gtalign_jax.pod import exchange
 from gtalign_jax.training.collect import Collector, log_rows, summarise
+from gtalign_jax.training.files import write_whole
 from gtalign_jax.training.metrics import read_rows
 
 log = logging.getLogger(__name__)
@@ -104,8 +104,5 @@ def save_rows(path: Path, label: str, rows: Sequence[Mapping[str, Any]]) -> None
     """Adds rows to evaluations.jsonl, in place of what `label` has there, all at once."""
     old = read_rows(path, label=str) if path.exists() else []
     kept = [row for row in old if row["label"] != label]
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n"
-                        for row in (*kept, *({"label": label, **row} for row in rows)))
-    os.replace(partial, path)
+    rows = (*kept, *({"label": label, **row} for row in rows))
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))

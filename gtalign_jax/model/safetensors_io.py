@@ -8,8 +8,10 @@ This module knows no model; what a tensor means is in `hf.py`.
 import collections
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
+import os
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+_SAMPLES, _SAMPLE_BYTES = 64, 4096  # of a file, evenly spread, for `digest`
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -137,6 +140,27 @@ def open_tensors(path: Path) -> Iterator[dict[str, Any]]:
         if wrong:
             raise ValueError(f"{path / INDEX} and the files disagree about {few(wrong)}")
         yield where
+
+
+def digest(path: Path) -> str:
+    """A short name for the weights in a directory: of the names and sizes of its files, their
+    headers and a sample of their bytes. Training changes nearly all bytes, so few are enough.
+
+    Raises ValueError where there are no such files.
+    """
+    names, weight_map = _shards(path)
+    found = hashlib.sha256(json.dumps(weight_map, sort_keys=True).encode())
+    for name in names:
+        with (path / name).open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            found.update(f"{name} {size} ".encode())
+            file.seek(0)
+            header = file.read(8)
+            found.update(header + file.read(min(int.from_bytes(header, "little"), size)))
+            for i in range(_SAMPLES):
+                file.seek(i * size // _SAMPLES)
+                found.update(file.read(_SAMPLE_BYTES))
+    return found.hexdigest()[:16]
 
 
 def plan_shards(tensors: Sequence[Planned], dtype: str, max_bytes: int) -> list[list[Planned]]:

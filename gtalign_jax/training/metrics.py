@@ -15,7 +15,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -39,6 +38,7 @@ from rich.progress import (
 from rich.text import Text
 
 from gtalign_jax.pod.watch import Watch
+from gtalign_jax.training.files import naming, write_whole
 from gtalign_jax.training.trackers import TensorBoard, Tracker
 
 NONFINITE = "nonfinite/"  # names of metrics that are 1 where something was not finite
@@ -103,8 +103,9 @@ class JsonLines:
 
     def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """All rows in one write, flushed: a reader never sees a step by half."""
-        self._file.write("".join(_dumps(row) + "\n" for row in rows))
-        self._file.flush()
+        with naming(self.path):
+            self._file.write("".join(_dumps(row) + "\n" for row in rows))
+            self._file.flush()
 
     def truncate(self, stage: str, step: int) -> int:
         """Drop the rows of `stage` after `step`; returns how many. Other stages stay."""
@@ -113,14 +114,13 @@ class JsonLines:
         rows = zip(lines, _parsed(self.path, lines, stage=str, step=int), strict=True)
         kept = [line for line, row in rows if not _is_after(row, stage, step)]
         if len(kept) < len(lines):
-            beside = self.path.with_name(self.path.name + ".tmp")
-            beside.write_bytes(b"".join(kept))
-            os.replace(beside, self.path)
+            write_whole(self.path, b"".join(kept))
         self._file = self._open()
         return len(lines) - len(kept)
 
     def close(self) -> None:
-        self._file.close()
+        with naming(self.path):  # what a full disk has not taken is still to be written
+            self._file.close()
 
     def _open(self) -> TextIO:
         # Half a surrogate pair has no UTF-8; backslashreplace writes it as JSON's own escape.
@@ -168,6 +168,11 @@ class MetricsWriter:
     def steps(self, stage: str) -> list[int]:
         """The steps that `stage` has rows of; none in a process that does not write."""
         return [row["step"] for row in self.rows(stage)]
+
+    def values(self, stage: str, name: str) -> dict[int, float]:
+        """{step: value} of one metric, without those that are not finite."""
+        rows = self.rows(stage)
+        return {row["step"]: row[name] for row in rows if row.get(name) is not None}
 
     def flush(self) -> None:
         """What was written is in the files; of TensorBoard's, but for the last moment's."""

@@ -10,7 +10,6 @@ evaluated, and dots the evaluations of the trained policy. Colours are the same 
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from gtalign_jax.model.safetensors_io import read_json
+from gtalign_jax.training.files import write_whole
 from gtalign_jax.training.metrics import METRICS_FILE, read_rows
 
 RESULTS_FILE = "results.json"
@@ -109,10 +109,8 @@ def save_results(workdir: str | Path, results: Mapping[str, Mapping[str, float]]
         stage: {k: v if math.isfinite(v) else None for k, v in row.items()}
         for stage, row in clean.items()
     }
-    partial = workdir / f"{RESULTS_FILE}.partial"  # half a file would end every later run
-    partial.write_text(json.dumps(finite, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, workdir / RESULTS_FILE)
-    (workdir / "results.md").write_text(final_table(clean, markdown=True), encoding="utf-8")
+    write_whole(workdir / RESULTS_FILE, json.dumps(finite, indent=2) + "\n")
+    write_whole(workdir / "results.md", final_table(clean, markdown=True))
     return final_table(clean)
 
 

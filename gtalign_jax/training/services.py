@@ -6,7 +6,6 @@ What a metric is called there is `tracked_name`. Neither knows of threads: what 
 import contextlib
 import json
 import math
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 from gtalign_jax.model.safetensors_io import read_json
+from gtalign_jax.training.files import write_whole
 
 WANDB_ROWS_FILE, REPORT_FILE = "wandb.json", "report.html"
 INIT_S = 30.0  # what it may take to answer at all
@@ -178,6 +178,4 @@ def read_known(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    beside = path.with_name(f".{path.name}.partial")
-    beside.write_text(json.dumps(value) + "\n", encoding="utf-8")
-    os.replace(beside, path)
+    write_whole(path, json.dumps(value) + "\n")

@@ -40,6 +40,7 @@ class Stage:
     dumps: Dumps
     push: Callable[[], None] = lambda: None  # what is to be done with the files before each save
     log_every: int = 1  # steps between lines on the console; the files get every step
+    evaluated_every: int = 0  # steps between evaluations whose states must be saved, too
     trace: tuple[int, str] = (0, "")  # the step of which a profile is written, and where
 
     def resume(self, fresh: Callable[[], TrainState], abstract: TrainState, pending: Any = None
@@ -51,16 +52,15 @@ class Stage:
         # On every device: on one of several it could not meet the weights in a jitted function.
         everywhere = abstract.updates.sharding
         key = jax.jit(lambda: jax.random.key(self.seed), out_shardings=everywhere)()
-        done = self.checkpoints.latest()
-        if done is None:
+        if self.checkpoints.latest() is None:
             self.metrics.truncate(self.name, 0)
             return fresh(), key, 0, None
         wanted = {
             "state": abstract,
             "key": jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=everywhere),
         } | ({} if pending is None else {"pending": pending})
-        with self.watch.phase("restore", done):
-            saved, _ = self.checkpoints.restore(wanted, done)
+        with self.watch.phase("restore"):
+            done, saved, _ = self.checkpoints.newest(wanted)
         self._say_saved(done)
         self.metrics.truncate(self.name, done)
         self.console.say(f"{self.name}: continuing after step {done}")
@@ -93,8 +93,9 @@ class Stage:
                     self.watch.notice.hold()  # before that, nothing is here that is not saved
                     state, done = new, done + 1
                     self._write(done, metrics | {"perf/compilations": compilations()}, guard)
+                    self.checkpoints.look()
                     self.watch.notice.check()
-                    if done % self.checkpoint.every == 0 or done == self.steps:
+                    if self._due(done):
                         save()
                     if after is not None:
                         after(done, state)
@@ -108,6 +109,10 @@ class Stage:
                 raise
         self.watch.notice.release()
         return state
+
+    def _due(self, done: int) -> bool:
+        return done % self.checkpoint.every == 0 or done == self.steps or (
+            self.evaluated_every > 0 and done % self.evaluated_every == 0)
 
     def _wait(self, done: int) -> None:
         with self.watch.phase("save", done):

@@ -22,6 +22,7 @@ training goes on, without waiting; metrics.jsonl has all rows. Only process 0 tr
 """
 
 import dataclasses
+import errno
 import hashlib
 import importlib
 import json
@@ -105,6 +106,10 @@ class TensorBoard:
 
     def write(self, stage: str, step: int, values: Mapping[str, float]) -> None:
         board = self._board(stage, None)
+        if not board.file_writer.event_writer._worker.is_alive():
+            # Its thread ends with the first error, and its queue, once full, would block for good.
+            raise OSError(errno.EIO, "an event file could not be written, as on a full disk",
+                          str(self._directory))
         for name, value in values.items():
             board.add_scalar(name, value, step)
 

@@ -83,6 +83,7 @@ def train_grpo(stage: Stage, fresh: Callable[[], TrainState], abstract: TrainSta
     saved = collect.abstract(cfg.prompts_per_step, cfg.samples_per_prompt) if cfg.ahead else None
     state, key, done, saved = stage.resume(fresh, abstract, saved)
     rollouts.truncate(done)
+    stage.metrics.truncate("evaluate", done)
     if done and after is not None:
         after(done, state)
     learner = Learner.make(model, cfg, layout, collect.layout, filters=collect.filters,
