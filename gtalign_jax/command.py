@@ -20,6 +20,7 @@ from gtalign_jax.pod.ending import EXIT_MISTAKE, MISTAKES
 from gtalign_jax.pod.exchange import PodError, is_first
 from gtalign_jax.pod.notice import EXIT_PREEMPTED, Preempted
 from gtalign_jax.pod.start import start
+from gtalign_jax.redact import redact_text
 from gtalign_jax.reward.judges import JudgeError
 from gtalign_jax.training.checkpoint import CheckpointError
 
@@ -58,5 +59,5 @@ def carry_out(
 def _fail(error: Exception, status: int) -> int:
     if logging.getLogger().isEnabledFor(logging.DEBUG):
         logging.exception("the run ended")
-    print(f"error: {error}", file=sys.stderr)
+    print(f"error: {redact_text(str(error))}", file=sys.stderr)
     return status

@@ -43,6 +43,7 @@ from gtalign_jax.training.trackers import TrackConfig
 T = TypeVar("T")
 STAGES = ("sft", "grpo", "evaluate", "export")
 CONFIG_FILE, RUN_INFO_FILE = "config.json", "run_info.json"
+WITH_PASSWORD = ("judge.base_url", "track.mlflow")  # addresses; files have them without
 PACKAGES = (
     "jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "numpy", "transformers",
     "tokenizers", "safetensors", "datasets", "math-verify", "ml_collections",
@@ -78,6 +79,10 @@ class Config:
             )
         if list(self.stages) != sorted(self.stages, key=STAGES.index):
             raise ValueError(f"stages={self.stages}: they run in the order {STAGES}")
+        for key, value in flatten(to_dict(self)).items():
+            if key not in WITH_PASSWORD and redact(value, key) != value:  # not repeated
+                raise ValueError(f"{key} holds a password or a key, which would be written to logs "
+                                 "and checkpoints; allowed: one that the environment holds")
 
 
 # Keys that change how fast or where a run computes, not what; a checkpoint may outlive them.
