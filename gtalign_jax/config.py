@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import jax
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
 from gtalign_jax.data.sources import DataConfig
 from gtalign_jax.evaluation.evaluate import EvaluateConfig
@@ -150,10 +150,10 @@ def from_flag(holder: flags.FlagHolder, cls: type[T] = Config) -> T:
     if holder.value is None:
         example = flags.FLAGS[holder.name].help.rpartition(", as in ")[2]
         raise ConfigError(f"--config=FILE is required, for example {example}")
-    if not isinstance(holder.value, ConfigDict):
-        kind = type(holder.value).__name__
-        raise ConfigError(f"--config: get_config() returned a {kind}; allowed: a ConfigDict")
     try:
+        if not hasattr(holder.value, "items"):
+            kind = type(holder.value).__name__
+            raise ConfigError(f"--config: get_config() returned a {kind}; allowed: a ConfigDict")
         return freeze(cls, holder.value)
     except OSError as error:  # ml_collections keeps a file that it could not read until now
         raise ConfigError(f"--config: {str(error).strip().splitlines()[-1].strip()}") from error
