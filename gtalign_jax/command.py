@@ -21,6 +21,7 @@ from gtalign_jax.pod.ending import EXIT_MISTAKE, MISTAKES, OutOfMemory
 from gtalign_jax.pod.exchange import PodError, is_first
 from gtalign_jax.pod.notice import Notice, Preempted
 from gtalign_jax.pod.start import start
+from gtalign_jax.redact import redact_text
 from gtalign_jax.reward.judges import JudgeError
 from gtalign_jax.training.checkpoint import CheckpointError
 from gtalign_jax.training.files import explained
@@ -65,5 +66,5 @@ def carry_out(
 def _fail(what: Exception | str, status: int) -> int:
     if logging.getLogger().isEnabledFor(logging.DEBUG):
         logging.exception("the run ended")
-    print(f"error: {what}", file=sys.stderr)
+    print(f"error: {redact_text(str(what))}", file=sys.stderr)
     return status

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import jax
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
 from gtalign_jax.data.sources import DataConfig
 from gtalign_jax.evaluation.evaluate import EvaluateConfig
@@ -45,6 +45,7 @@ from gtalign_jax.training.trackers import TrackConfig
 T = TypeVar("T")
 STAGES = ("sft", "grpo", "evaluate", "export")
 CONFIG_FILE, RUN_INFO_FILE = "config.json", "run_info.json"
+WITH_PASSWORD = ("judge.base_url", "track.mlflow")  # addresses; files have them without
 PACKAGES = (
     "jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "numpy", "transformers",
     "tokenizers", "safetensors", "datasets", "math-verify", "ml_collections",
@@ -81,6 +82,10 @@ class Config:
             )
         if list(self.stages) != sorted(self.stages, key=STAGES.index):
             raise ValueError(f"stages={self.stages}: they run in the order {STAGES}")
+        for key, value in flatten(to_dict(self)).items():
+            if key not in WITH_PASSWORD and redact(value, key) != value:  # not repeated
+                raise ValueError(f"{key} holds a password or a key, which would be written to logs "
+                                 "and checkpoints; allowed: one that the environment holds")
 
 
 # Keys that change how fast or where a run computes, not what; a checkpoint may outlive them.
@@ -148,10 +153,10 @@ def from_flag(holder: flags.FlagHolder, cls: type[T] = Config) -> T:
     if holder.value is None:
         example = flags.FLAGS[holder.name].help.rpartition(", as in ")[2]
         raise ConfigError(f"--config=FILE is required, for example {example}")
-    if not isinstance(holder.value, ConfigDict):
-        kind = type(holder.value).__name__
-        raise ConfigError(f"--config: get_config() returned a {kind}; allowed: a ConfigDict")
     try:
+        if not hasattr(holder.value, "items"):
+            kind = type(holder.value).__name__
+            raise ConfigError(f"--config: get_config() returned a {kind}; allowed: a ConfigDict")
         return freeze(cls, holder.value)
     except OSError as error:  # ml_collections keeps a file that it could not read until now
         raise ConfigError(f"--config: {str(error).strip().splitlines()[-1].strip()}") from error

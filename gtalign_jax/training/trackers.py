@@ -263,7 +263,7 @@ def _load(package: str, asked: str) -> ModuleType:
 
 def without_credentials(text: str) -> str:
     """Text without the user and the password of its URLs."""
-    return re.sub(r"(?<=://)[^/@\s]+@", "", text)
+    return re.sub(r"(?<=://)[^/\s]+@", "", text)
 
 
 def _identity(path: Path, settings: Mapping[str, Any]) -> str:

@@ -126,7 +126,7 @@ NUMBERS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"
 VALUES = (-1, 1.5, "4", "", [], {}, [1], True, 10**13, 10**400, float("nan"), float("inf"))
 SCALINGS = ("x", [1], 5, True, {"rope_type": ["x"]}, *({"rope_type": "yarn"} | more for more in (
     {"factor": "x"}, {"factor": -1}, {"factor": 2, "mscale": "q", "mscale_all_dim": 1},
-    {"factor": 2, "original_max_position_embeddings": "x"}, {"factor": 2, "beta_fast": []},
+    {"factor": 2, "original_max_position_embeddings": "x"}, {"factor": 2, "beta_fast": [1]},
     {"factor": 2, "truncate": 1}, {"factor": 2, "attention_factor": {}},
 )), {"rope_type": "llama3", "factor": [], "low_freq_factor": 1, "high_freq_factor": 1})
 ODD = [(key, value) for key in NUMBERS for value in VALUES]
