@@ -145,8 +145,9 @@ def _number(error: BaseException) -> int | None:
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """The error, and what caused it."""
+    """The error, and what it was raised from. (Contexts may go round in circles: the error of a
+    save is met a second time while the first is on its way out.)"""
     link: BaseException | None = error
     while link is not None:
         yield link
-        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
+        link = link.__cause__

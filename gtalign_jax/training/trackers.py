@@ -39,6 +39,7 @@ from typing import Any, Protocol
 
 from tensorboardX import SummaryWriter
 
+from gtalign_jax.training.files import naming
 from gtalign_jax.training.services import SERVERS, MLflow, Results, Wandb, read_known, write_json
 
 log = logging.getLogger(__name__)
@@ -106,11 +107,10 @@ class TensorBoard:
 
     def write(self, stage: str, step: int, values: Mapping[str, float]) -> None:
         board = self._board(stage, None)
-        if not board.file_writer.event_writer._worker.is_alive():
-            # Its thread ends with the first error, and its queue, once full, would block for good.
-            raise OSError(errno.EIO, "an event file could not be written, as on a full disk",
-                          str(self._directory))
         for name, value in values.items():
+            if not _worker(board).is_alive():
+                raise OSError(errno.EIO, "an event file could not be written, as on a full disk",
+                              str(self._directory))
             board.add_scalar(name, value, step)
 
     def truncate(self, stage: str, step: int) -> None:
@@ -120,18 +120,31 @@ class TensorBoard:
         del results, directory
 
     def flush(self) -> None:
-        for board in self._boards.values():
-            board.flush()
+        with naming(self._directory):
+            for board in self._boards.values():
+                board.flush()
 
     def close(self) -> None:
-        for board in self._boards.values():
-            board.close()
+        with naming(self._directory):
+            for board in self._boards.values():
+                if _worker(board).is_alive():
+                    board.close()
+                else:  # nobody reads the queue, which would be waited for at exit
+                    board.file_writer.event_writer._event_queue.cancel_join_thread()
 
     def _board(self, stage: str, purge_step: int | None) -> SummaryWriter:
         if stage not in self._boards:
             directory = str(self._directory / stage)
-            self._boards[stage] = SummaryWriter(directory, purge_step=purge_step, flush_secs=20)
+            self._boards[stage] = SummaryWriter(
+                directory, purge_step=purge_step, flush_secs=20, max_queue=QUEUE
+            )
         return self._boards[stage]
+
+
+def _worker(board: SummaryWriter) -> threading.Thread:
+    """The thread that writes: it ends with its first error, tells nobody, and the queue to it, once
+    it is full, would block the run for good."""
+    return board.file_writer.event_writer._worker
 
 
 class Background:

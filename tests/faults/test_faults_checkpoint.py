@@ -41,7 +41,7 @@ WANTED = jax.eval_shape(lambda: X)
 
 
 def largest(step: Path) -> Path:
-    return max((p for p in step.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    return max((step / "state/ocdbt.process_0/d").iterdir(), key=lambda p: p.stat().st_size)
 
 
 def flip(file: Path, at: int) -> None:
@@ -262,8 +262,11 @@ def test_a_failed_background_save_shows_without_waiting_for_the_next(tmp_path, m
             checkpoints.look()
             time.sleep(0.01)
     monkeypatch.undo()
-    with pytest.raises(CheckpointError):
-        checkpoints.close()
+    with pytest.raises(CheckpointError, match="saving to .* failed"):
+        try:
+            checkpoints.look()
+        finally:  # as a run leaves
+            checkpoints.close()
     again = open_at(tmp_path)
     assert again.latest() is None
     again.close()
@@ -328,15 +331,15 @@ def small_disk(tmp_path):
 def test_a_full_disk_ends_a_run_with_one_line_and_with_space_it_goes_on(small_disk):
     workdir = small_disk / "run"
     how = FULL.replace("WORKDIR", repr(str(workdir)))
-    status, text = run_to_end(workdir, how, sft__steps=60)
+    status, text = run_to_end(workdir, how, sft__steps=30)
     error = [line for line in text.splitlines() if line.startswith("error: ")]
     assert status == 1 and len(error) == 1 and text.strip().endswith(error[0]), text
     assert str(workdir) in error[0] and "space" in error[0], text
     (workdir / "filler").unlink()
     json.loads((workdir / "config.json").read_text())
-    status, text = run_to_end(workdir, "", sft__steps=60)
+    status, text = run_to_end(workdir, "", sft__steps=30)
     assert status == 0 and "sft: continuing after step" in text, text
-    assert [row["step"] for row in runs.metrics(workdir, "sft")] == list(range(1, 61))
+    assert [row["step"] for row in runs.metrics(workdir, "sft")] == list(range(1, 31))
 
 
 @pytest.mark.slow
@@ -430,6 +433,7 @@ def test_an_event_file_that_cannot_be_written_does_not_block_the_run(tmp_path, m
             time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_and_ends_as_if_nothing_was(
     tmp_path, monkeypatch, caplog
 ):
