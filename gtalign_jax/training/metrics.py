@@ -11,6 +11,7 @@ middle of a write leaves at most half a line, which is dropped when the file is 
 Files are written by one process: on a pod, the others' writers have `enabled=False` and do nothing.
 """
 
+import collections
 import contextlib
 import dataclasses
 import json
@@ -44,6 +45,7 @@ from gtalign_jax.training.trackers import TensorBoard, Tracker
 NONFINITE = "nonfinite/"  # names of metrics that are 1 where something was not finite
 METRICS_FILE = "metrics.jsonl"
 ROLLOUTS_FILE = "rollouts.jsonl"
+RECENT = 15  # steps whose median seconds tell the time that is left
 
 
 @struct.dataclass
@@ -270,7 +272,7 @@ class Console:
         self._bar: Progress | None = None
         self._task: Any = None
         self._stage, self._total, self._done = "", 0, 0
-        self._seconds: list[float] = []
+        self._seconds: collections.deque[float] = collections.deque(maxlen=RECENT)
         self._last = 0.0
 
     def say(self, text: str = "") -> None:
@@ -281,7 +283,8 @@ class Console:
     def stage(self, name: str, total: int, done: int = 0) -> Iterator[None]:
         """The steps of one stage, `done` of `total` of them before (a resumed run)."""
         self._stage, self._total, self._done = name, total, done
-        self._seconds, self._last = [], time.perf_counter()
+        self._seconds.clear()
+        self._last = time.perf_counter()
         if self._rich.is_terminal and not self._rich.quiet:
             self._bar = Progress(
                 TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
@@ -310,7 +313,7 @@ class Console:
 
     def time_left(self) -> str:
         """Steps to go times the median of the last steps: a compilation does not distort it."""
-        recent = sorted(self._seconds[-15:])
+        recent = sorted(self._seconds)
         if not recent:
             return "-:--"
         seconds = round((self._total - self._done) * recent[len(recent) // 2])
