@@ -5,7 +5,7 @@ Trains the same cold start under several rewards and seeds, one run after the ot
 
 The same command goes on where it was stopped: a run that is finished is skipped, one that was
 killed continues from its last checkpoint. A run that diverges is noted and the others go on; the
-status is then 1. SIGTERM ends with status 75, a mistake of the user's with 2.
+status is then 1. SIGTERM ends with status 75, Ctrl-C with 130, a mistake of the user's with 2.
 """
 
 import contextlib
@@ -16,7 +16,6 @@ import logging
 import math
 import os
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,12 +32,11 @@ from gtalign_jax.config import Config, define_flag, parse_flags
 from gtalign_jax.evaluation import ablation_tables
 from gtalign_jax.evaluation.ablation import Comparison
 from gtalign_jax.evaluation.measures import Row, by_label
-from gtalign_jax.evaluation.tables import write_whole
 from gtalign_jax.freeze import ConfigError, to_dict
+from gtalign_jax.model.safetensors_io import read_json
 from gtalign_jax.pod import exchange
 from gtalign_jax.pod.ending import EXIT_FAILED
 from gtalign_jax.pod.exchange import is_first
-from gtalign_jax.pod.notice import EXIT_PREEMPTED
 from gtalign_jax.pod.start import check_same
 from gtalign_jax.report.figures_forest import forest
 from gtalign_jax.report.figures_plane import plane_points
@@ -46,6 +44,7 @@ from gtalign_jax.report.ink import Picture
 from gtalign_jax.run import run as run_one
 from gtalign_jax.training import plots
 from gtalign_jax.training.checkpoint import flatten
+from gtalign_jax.training.files import write_whole
 from gtalign_jax.training.metrics import read_rows
 from gtalign_jax.variants import COLD_START, Ablation, Run, plan
 
@@ -153,10 +152,12 @@ def _settings(config: Config) -> dict[str, Any]:
 
 def _note(config: Config) -> Note | None:
     """How this run ended before, if it did and with these settings."""
-    try:
-        note = json.loads((Path(config.workdir) / NOTE_FILE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    file = Path(config.workdir) / NOTE_FILE
+    if not file.exists():
         return None
+    note = read_json(file)
+    if not isinstance(note.get("config"), dict) or not {"seconds", "failed"} <= note.keys():
+        raise ValueError(f"{file}: no note of how a run ended; delete it, and the run goes on")
     default = _settings(Config())  # of a key that did not exist then
     known = default | note["config"]
     return note if all(known[key] == value for key, value in _settings(config).items()) else None
@@ -255,18 +256,11 @@ def kept_programs(directory: str) -> Iterator[None]:
             jax.config.update(name, value)
 
 
-def _end_when_told(number: int, frame: Any) -> None:
-    """SIGTERM outside of training, where a `Notice` listens: nothing there is worth finishing."""
-    del number, frame
-    sys.exit(EXIT_PREEMPTED)
-
-
 def whole(ablation: Ablation) -> None:
     """The runs, then their comparison. Ends the process with status 1 where a run failed."""
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax warns of each look at a checkpoint
     said = f"{ablation.rewards} {ablation.seeds} {ablation.workdir}"
     check_same("the ablation", {"rewards, seeds, workdir": said})
-    signal.signal(signal.SIGTERM, _end_when_told)
     with kept_programs(os.path.abspath(f"{ablation.workdir}/compiled")):
         failed = ablate(ablation)
     if is_first():

@@ -100,9 +100,10 @@ class Bench:
     def collector(self, sampler: SamplerConfig, samples: int, prompts: PromptSet,
                   micro_batch_prompts: int = 0) -> Collector:
         """What samples and scores batches of `prompts`."""
+        sample = make_sampler(self.model, sampler, samples, self.stop_ids, self.rollout_layout,
+                              prompts.common)
         return Collector(
-            sample=make_sampler(self.model, sampler, samples, self.stop_ids, self.rollout_layout,
-                                prompts.common),
+            sample=dataclasses.replace(sample, pause=self.watch.notice.check),
             tokenizer=self.tokenizer,
             judge=self.judge,
             reward=self.config.reward,
@@ -112,6 +113,7 @@ class Bench:
             overlap=self.config.judge.kind != "jax",
             max_missing=self.config.judge.max_missing,
             max_new_tokens=sampler.max_new_tokens,
+            notice=self.watch.notice,
         )
 
 

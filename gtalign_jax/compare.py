@@ -31,7 +31,7 @@ from rich.table import Table
 from gtalign_jax.evaluation import paired, pareto
 from gtalign_jax.evaluation.paired import Difference
 from gtalign_jax.evaluation.scored import WELFARES, Scored, read
-from gtalign_jax.evaluation.tables import write_whole
+from gtalign_jax.training.files import write_whole
 
 MEASURES = (*WELFARES, "social_welfare")
 RHO = -1.0  # exponent of CES welfare

@@ -24,6 +24,7 @@ from gtalign_jax.data.sources import DataConfig
 from gtalign_jax.evaluation.evaluate import EvaluateConfig
 from gtalign_jax.freeze import ConfigError, check_overrides, freeze, to_dict
 from gtalign_jax.model.load import ModelSource
+from gtalign_jax.model.safetensors_io import read_json
 from gtalign_jax.model.sharding import BATCH_AXES, MeshConfig, batch_shards, is_flash
 from gtalign_jax.pod.start import PodConfig, installed
 from gtalign_jax.redact import redact, redact_text
@@ -34,6 +35,7 @@ from gtalign_jax.reward.scoring import RewardConfig
 from gtalign_jax.reward.tasks import component_names
 from gtalign_jax.rollout.sampler import SamplerConfig
 from gtalign_jax.training.checkpoint import CheckpointConfig, flatten
+from gtalign_jax.training.files import write_whole
 from gtalign_jax.training.grpo import GRPOConfig
 from gtalign_jax.training.guard import GuardConfig
 from gtalign_jax.training.micro import piece_count
@@ -43,6 +45,7 @@ from gtalign_jax.training.trackers import TrackConfig
 T = TypeVar("T")
 STAGES = ("sft", "grpo", "evaluate", "export")
 CONFIG_FILE, RUN_INFO_FILE = "config.json", "run_info.json"
+WITH_PASSWORD = ("judge.base_url", "track.mlflow")  # addresses; files have them without
 PACKAGES = (
     "jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "numpy", "transformers",
     "tokenizers", "safetensors", "datasets", "math-verify", "ml_collections",
@@ -79,6 +82,10 @@ class Config:
             )
         if list(self.stages) != sorted(self.stages, key=STAGES.index):
             raise ValueError(f"stages={self.stages}: they run in the order {STAGES}")
+        for key, value in flatten(to_dict(self)).items():
+            if key not in WITH_PASSWORD and redact(value, key) != value:  # not repeated
+                raise ValueError(f"{key} holds a password or a key, which would be written to logs "
+                                 "and checkpoints; allowed: one that the environment holds")
 
 
 # Keys that change how fast or where a run computes, not what; a checkpoint may outlive them.
@@ -122,7 +129,12 @@ def parse_flags(argv: Sequence[str], cls: type = Config) -> list[str]:
         problem = str(error)
     except flags.Error as error:
         problem = _flag_problem(str(error))
-    print(f"error: {problem}", file=sys.stderr)
+    except Exception as error:  # of the config file: it is Python, and may raise anything
+        files = [arg for arg in argv if re.match("--?config=", arg)]
+        text = " ".join(str(error).split())
+        problem = (f"{' '.join(files)}: {type(error).__name__}: {text}; needed: a Python file "
+                   "with get_config(), as those in configs/")
+    print(f"error: {redact_text(problem)}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -142,6 +154,9 @@ def from_flag(holder: flags.FlagHolder, cls: type[T] = Config) -> T:
         example = flags.FLAGS[holder.name].help.rpartition(", as in ")[2]
         raise ConfigError(f"--config=FILE is required, for example {example}")
     try:
+        if not hasattr(holder.value, "items"):
+            kind = type(holder.value).__name__
+            raise ConfigError(f"--config: get_config() returned a {kind}; allowed: a ConfigDict")
         return freeze(cls, holder.value)
     except OSError as error:  # ml_collections keeps a file that it could not read until now
         raise ConfigError(f"--config: {str(error).strip().splitlines()[-1].strip()}") from error
@@ -183,6 +198,13 @@ def check(config: Config, device_count: int, slices: int = 1, device: str = "cpu
         problems += _cut_problems(
             "sft", ("batch_size", config.sft.batch_size),
             ("micro_batch_size", config.sft.micro_batch_size), shards,
+        )
+    if config.checkpoint.keep_best and "grpo" in config.stages and not (
+            config.evaluate.every_steps and "evaluate" in config.stages):
+        problems.append(
+            f"checkpoint.keep_best={config.checkpoint.keep_best}, evaluate.every_steps="
+            f"{config.evaluate.every_steps}, stages={config.stages}: what is best is known of "
+            "steps that are evaluated; set evaluate.every_steps >= 1 and the stage 'evaluate'"
         )
     if "evaluate" in config.stages:
         problems += _cut_problems(
@@ -331,7 +353,11 @@ def load_run_config(workdir: str | Path) -> Config:
     path = Path(workdir) / CONFIG_FILE
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: {workdir} is not a run's work directory")
-    return freeze(Config, json.loads(path.read_text(encoding="utf-8")))
+    values = read_json(path)
+    try:
+        return freeze(Config, values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def save_run_info(workdir: str | Path, config: Config) -> None:
@@ -350,8 +376,8 @@ def save_run_info(workdir: str | Path, config: Config) -> None:
         },
         "packages": versions(),
     }
-    (workdir / CONFIG_FILE).write_text(resolved_json(config), encoding="utf-8")
-    (workdir / RUN_INFO_FILE).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
+    write_whole(workdir / CONFIG_FILE, resolved_json(config))
+    write_whole(workdir / RUN_INFO_FILE, json.dumps(info, indent=2) + "\n")
 
 
 def git_revision() -> str | None:

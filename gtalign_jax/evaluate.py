@@ -40,7 +40,7 @@ from typing import Any
 from absl import app, flags
 from rich.console import Console
 
-from gtalign_jax import compare, policies, report
+from gtalign_jax import compare, memory, policies, report
 from gtalign_jax.bench import Bench, check_config, keep_programs, open_bench
 from gtalign_jax.command import carry_out
 from gtalign_jax.config import Config, define_flag, fingerprint, parse_flags, save_run_info
@@ -53,6 +53,7 @@ from gtalign_jax.pod.exchange import is_first
 from gtalign_jax.pod.watch import Watch
 from gtalign_jax.policies import Policy
 from gtalign_jax.report.load import COMPARISON_FILE
+from gtalign_jax.training.files import write_whole
 from gtalign_jax.training.metrics import METRICS_FILE, read_rows
 from gtalign_jax.workdir import Files, is_dir, local
 
@@ -81,7 +82,7 @@ def evaluate(config: Config, checkpoint: str = "", baseline: str = "", out: str 
     # Finite, since it is written to config.json, where JSON knows no infinity.
     judge = dataclasses.replace(config.judge, store=store, deadline_s=NO_DEADLINE_S)
     config = dataclasses.replace(config, judge=judge)
-    with Watch(config.pod) as watch:
+    with Watch(config.pod) as watch, memory.explained(watch):
         is_file = baseline.endswith(".jsonl") or ".jsonl:" in baseline
         side = _read_baseline(baseline) if is_file and is_first() else None
         found = [policies.find(checkpoint, config)]
@@ -208,13 +209,13 @@ def _begin(folder: Path, plan: dict[str, Any]) -> None:
     if not file.exists() or file.read_text(encoding="utf-8") != text:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        tables.write_whole(file, text)
+        write_whole(file, text)
 
 
 def _answer(policy: Policy, bench: Bench, folder: Path) -> None:
     """All prompts, unless they are answered already. The weights are gone on return."""
     path = folder / EVALUATIONS_FILE
-    done = is_first() and path.exists() and policy.name in by_label(read_rows(path))
+    done = is_first() and path.exists() and policy.name in by_label(read_rows(path, label=str))
     if exchange.broadcast(done, "answered"):
         bench.console.say(f"{policy.name}: answered before")
         return
@@ -231,7 +232,7 @@ def _finish(directory: Path, found: list[Policy], side: Scored | None, bench: Be
     """Tables and comparison; then all files take their places, and the report is drawn."""
     folder, config = directory / UNFINISHED, bench.config
     path, say = folder / EVALUATIONS_FILE, bench.console.say
-    measured = tables.save(folder, by_label(read_rows(path)), config.seed)
+    measured = tables.save(folder, by_label(read_rows(path, label=str)), config.seed)
     say(f"\n{tables.console(measured)}\n")
     save_run_info(folder, dataclasses.replace(config, workdir=str(directory)))
     if len(found) > 1:

@@ -1,6 +1,6 @@
 """The command that takes a trained policy home as a Hugging Face directory.
 
-    python -m gtalign_jax.export --workdir=runs/demo --out=DIR [--stage=grpo] [--step=N]
+    python -m gtalign_jax.export --workdir=runs/demo --out=DIR [--stage=grpo] [--step=N | --best]
 
 Reads the config that the run saved and the weights of one checkpoint (not the optimizer's), and
 writes safetensors, config.json, generation_config.json, tokenizer and chat template. It may run
@@ -37,7 +37,9 @@ from gtalign_jax.model.spec import ModelConfig, Params, abstract_params, num_par
 from gtalign_jax.pod import exchange
 from gtalign_jax.pod.exchange import is_first
 from gtalign_jax.training.checkpoint import CheckpointConfig, Checkpointer, CheckpointError
-from gtalign_jax.training.metrics import read_rows
+from gtalign_jax.training.files import explained
+from gtalign_jax.training.metrics import METRICS_FILE, read_rows
+from gtalign_jax.training.plots import AFTER, RESULTS_FILE, read_results
 from gtalign_jax.workdir import Files, is_dir, local, to_write
 
 log = logging.getLogger(__name__)
@@ -63,28 +65,33 @@ def restore_policy(
     workdir: str | Path, config: Config, stage: str | None = None, step: int | None = None,
     layout: Layout | None = None,
 ) -> tuple[Params, ModelConfig, str]:
-    """(weights, their sizes, "stage step N") of a checkpoint; by default the run's last one.
+    """(weights, their sizes, "stage step N") of a checkpoint; by default the run's last one that
+    is whole.
 
     They lie on one device, or as `layout` says.
 
     Raises FileNotFoundError where there is no such checkpoint, CheckpointError where it holds
-    another model.
+    another model or is damaged.
     """
-    stage, step = find_checkpoint(workdir, stage, step)
+    stage, _ = find_checkpoint(workdir, stage, step)
     tokenizer = load_tokenizer(find_tokenizer(config, workdir))
     model = load.model_config(config.model, len(tokenizer))
     params = abstract_params(model)
     if layout is not None:
         params = placed(params, param_shardings(model, layout))
     with _reader(workdir, stage) as checkpoints:
-        saved, _ = checkpoints.restore({"state": {"params": params}}, step, partial=True)
+        wanted = {"state": {"params": params}}
+        if step is None:
+            step, saved, _ = checkpoints.newest(wanted, partial=True)
+        else:
+            saved, _ = checkpoints.restore(wanted, step, partial=True)
     return saved["state"]["params"], model, f"{stage} step {step}"
 
 
 def find_checkpoint(
     workdir: str | Path, stage: str | None = None, step: int | None = None
 ) -> tuple[str, int]:
-    """(stage, step) of a checkpoint; by default the run's last one. Nothing is read from it.
+    """(stage, step) of a checkpoint; by default the run's last one. No array is read from it.
 
     Raises FileNotFoundError where there is no such checkpoint, with the steps that there are.
     """
@@ -94,13 +101,35 @@ def find_checkpoint(
         if not exchange.broadcast(is_dir(directory), "checkpoint directory"):
             continue
         with _reader(workdir, name) as checkpoints:
-            steps = checkpoints.steps()
+            steps, newest = checkpoints.steps(), checkpoints.check()
         if not steps:  # killed before its first save: the stage before counts
             continue
         if step is not None and step not in steps:
             raise FileNotFoundError(f"no checkpoint of step {step} in {directory}: {steps}")
-        return name, steps[-1] if step is None else step
+        return name, step or newest or steps[-1]
     raise FileNotFoundError(f"{workdir} holds no checkpoint of {' or '.join(stages)}")
+
+
+def best_step(workdir: str | Path, directory: Path, config: Config) -> int:
+    """The step of GRPO whose checkpoint was best on held-out prompts; `directory`: its files'.
+
+    Raises ValueError where no checkpoint that is there was evaluated.
+    """
+    metric, file = config.checkpoint.best_metric, directory / METRICS_FILE
+    rows = read_rows(file) if file.exists() else []
+    scores = {row["step"]: row.get(metric) for row in rows if row["stage"] == "evaluate"}
+    scores[config.grpo.steps] = read_results(directory).get(AFTER, {}).get(metric)
+    find_checkpoint(workdir, "grpo")
+    with _reader(workdir, "grpo") as checkpoints:
+        steps = checkpoints.steps()
+    known = [(scores[step], step) for step in steps if scores.get(step) is not None]
+    if not known:
+        raise ValueError(
+            f"--best: no checkpoint in {checkpoint_dir(workdir, 'grpo')} (steps {steps}) has a "
+            f"{metric!r} on held-out prompts; allowed: --step=N, or a run with "
+            "evaluate.every_steps >= 1 and checkpoint.keep_best >= 1"
+        )
+    return max(known)[1]
 
 
 def _reader(workdir: str | Path, stage: str) -> contextlib.closing[Checkpointer]:
@@ -136,7 +165,7 @@ def measure_usage(directory: str | Path, tokenizer: PreTrainedTokenizerBase) -> 
     None where there is none, or where it lacks an action that could be counted.
     """
     file = Path(directory) / EVALUATIONS_FILE
-    groups = by_label(read_rows(file)) if file.exists() else {}
+    groups = by_label(read_rows(file, label=str)) if file.exists() else {}
     if not groups:
         return None
     label, rows = list(groups.items())[-1]
@@ -166,7 +195,7 @@ def read_about(directory: str | Path) -> tuple[str, Usage | None]:
 
 def _write_generation_config(file: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Makes generation stop wherever sampling stopped in training; what else it says stays."""
-    known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    known = read_json(file) if file.exists() else {}
     stops = list(stop_ids(tokenizer, known))
     listed = known.get("eos_token_id")
     if sorted([listed] if isinstance(listed, int) else listed or []) == stops:
@@ -178,7 +207,7 @@ def _write_generation_config(file: Path, tokenizer: PreTrainedTokenizerBase) -> 
 def verify(out: str | Path, model: ModelConfig, tokenizer_dir: str) -> None:
     """Raises ValueError unless transformers knows the config of `out`, its tokenizer there gives
     the token ids that the model was trained on, and its files hold all weights of `model`."""
-    known = AutoConfig.from_pretrained(out)
+    known = AutoConfig.from_pretrained(out, trust_remote_code=False)
     tokenizer, trained_on = load_tokenizer(out), load_tokenizer(tokenizer_dir)
     chain = render("Is 7 < 12?", EVEN, "Both DQ_DA and VQ_CQ.", "It's 7, so: yes!\n\nMore?")
     for text in (render_chat(trained_on, [{"role": "user", "content": SYSTEM}]), chain):
@@ -209,21 +238,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--workdir", required=True, help="the run's work directory")
     parser.add_argument("--out", required=True, help="the Hugging Face directory to write")
     parser.add_argument("--stage", choices=TRAINING_STAGES, help="default: the run's last one")
-    parser.add_argument("--step", type=int, help="default: the newest checkpoint")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--step", type=int, help="default: the newest checkpoint")
+    which.add_argument("--best", action="store_true",
+                       help="the one with the highest checkpoint.best_metric on held-out prompts")
     args = parser.parse_args(argv)
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax warns that a reader only reads
     try:
         files = Files(args.workdir)
-        for name in (CONFIG_FILE, "tokenizer", EVALUATIONS_FILE):
+        for name in (CONFIG_FILE, "tokenizer", EVALUATIONS_FILE, METRICS_FILE, RESULTS_FILE):
             files.pull(name)
         config = load_run_config(files.directory)
-        params, model, what = restore_policy(args.workdir, config, args.stage, args.step)
+        stage, step = args.stage, args.step
+        if args.best:
+            stage, step = "grpo", best_step(args.workdir, files.directory, config)
+        params, model, what = restore_policy(args.workdir, config, stage, step)
         tokenizer_dir = find_tokenizer(config, args.workdir)
         usage = measure_usage(files.directory, load_tokenizer(tokenizer_dir))
         with to_write(args.out) as out:
             write(params, model, config, tokenizer_dir, out, usage)
     except (FileNotFoundError, ConfigError, CheckpointError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"error: {explained(error)}", file=sys.stderr)
         return 1
     print(
         f"exported {what} ({num_params(model):,} parameters) to {args.out}; load it with "

@@ -4,8 +4,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-_SECRET_KEY = r"(?:api_?key|secret|password|passwd|(?:access|auth|hf|bearer)_?token|token)"
+_SECRET_KEY = r"(?:api[_-]?key|secret|password|passwd|(?:access|auth|hf|bearer)[_-]?token|token)"
 _REDACTED = "<redacted>"
+_JSON_KEY = rf"[\"'](?:[\w-]*[_-])?(?:{_SECRET_KEY}|authorization)[\"']"
 
 
 def redact(tree: Any, key: str = "") -> Any:
@@ -25,7 +26,11 @@ def redact(tree: Any, key: str = "") -> Any:
 
 
 def redact_text(text: str) -> str:
-    """Text without credentials in URLs and without values of `key=value` secrets."""
-    text = re.sub(r"(?<=://)[^/@\s]+@", f"{_REDACTED}@", text)
+    """Text without credentials in URLs, values of `key=value` secrets and of secret-sounding JSON
+    keys, and what looks like a key of a service."""
+    text = re.sub(r"(?<=://)[^/\s]+@", f"{_REDACTED}@", text)  # a password may hold an @
     text = re.sub(rf"(?i)((?:^|[?&._-]){_SECRET_KEY}=)[^&\s]+", rf"\g<1>{_REDACTED}", text)
-    return re.sub(r"\b(sk|hf)[-_][A-Za-z0-9_-]{16,}", _REDACTED, text)
+    text = re.sub(rf"(?i)({_JSON_KEY}\s*:\s*)(\"[^\"]*\"?|'[^']*'?)", rf'\g<1>"{_REDACTED}"', text)
+    text = re.sub(r"(?i)\b(Bearer|Basic) [A-Za-z0-9+/=._-]{8,}", rf"\g<1> {_REDACTED}", text)
+    # Directories have such names, too: hf-internal-testing, hf_qwen_instruct.
+    return re.sub(r"\bhf_[A-Za-z0-9]{30,}|\bsk-(?=[\w-]*\d)[\w-]{16,}", _REDACTED, text)

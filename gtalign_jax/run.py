@@ -1,6 +1,6 @@
 """A run: the stages named in the config, in order, each picking up where it was left.
 
-    session = open_session(config)
+    with opened(config) as session
     policy = load; evaluate; policy = sft; evaluate; policy = grpo; evaluate; export
 
 Every process of a pod runs all of this; files are written by process 0.
@@ -16,9 +16,9 @@ import random
 
 import jax
 
-from gtalign_jax import export, report
+from gtalign_jax import export, memory, report
 from gtalign_jax.bench import Bench
-from gtalign_jax.config import Config
+from gtalign_jax.config import Config, ConfigError
 from gtalign_jax.data import coldstart
 from gtalign_jax.data.chat import encode_chats, encode_completion
 from gtalign_jax.evaluation import tables
@@ -28,11 +28,11 @@ from gtalign_jax.model import load
 from gtalign_jax.model.spec import Params
 from gtalign_jax.pod import exchange
 from gtalign_jax.pod.exchange import is_first
-from gtalign_jax.pod.notice import Notice
 from gtalign_jax.pod.watch import Watch
-from gtalign_jax.session import Session, examples, open_session
+from gtalign_jax.session import Session, examples, opened
 from gtalign_jax.training import plots
 from gtalign_jax.training.checkpoint import Checkpointer
+from gtalign_jax.training.files import write_whole
 from gtalign_jax.training.learner import make_reshard
 from gtalign_jax.training.metrics import RolloutLog, read_rows
 from gtalign_jax.training.sft import ExampleSet
@@ -54,7 +54,8 @@ def load_policy(bench: Bench) -> Params:
     """The weights that the run starts from, cut over the mesh by the training rules."""
     config = bench.config
     key = jax.random.fold_in(jax.random.key(config.seed), 0)
-    return load.load_model(config.model, bench.model, bench.train_layout, key)
+    with bench.watch.phase("load"):
+        return load.load_model(config.model, bench.model, bench.train_layout, key)
 
 
 def _example_set(session: Session) -> ExampleSet:
@@ -116,11 +117,12 @@ def run_grpo(session: Session, policy: Params, checkpoints: Checkpointer) -> Tra
     updates = cfg.steps * cfg.updates_per_step
     fresh, abstract = _states(session, policy, cfg, updates, checkpoints)
     every = config.evaluate.every_steps if session.test else 0
-    session.metrics.truncate("evaluate", checkpoints.latest() or 0)
-    evaluated = exchange.broadcast(session.metrics.steps("evaluate"), "steps evaluated")
 
     def after(step: int, state: TrainState) -> None:
-        if every and step % every == 0 and step < cfg.steps and step not in evaluated:
+        if not every or step % every or step >= cfg.steps:
+            return
+        evaluated = exchange.broadcast(session.metrics.steps("evaluate"), "steps evaluated")
+        if step not in evaluated:
             means = evaluate_policy(session, state.params, f"step {step}")
             session.metrics.write("evaluate", step, means)
             session.push()  # the save of this step came before: it would not be evaluated again
@@ -149,7 +151,12 @@ def _states(session: Session, policy: Params | None, cfg: OptimizerConfig, updat
 def evaluate_policy(session: Session, params: Params, label: str) -> dict[str, float]:
     """Means over the held-out prompts; the completions go to evaluations.jsonl."""
     _, reshard = session.evaluation
-    return session.examine(reshard(params), label, session.files.directory)
+    means = session.examine(reshard(params), label, session.files.directory)
+    cfg = session.config.checkpoint
+    if cfg.keep_best and cfg.best_metric not in means:
+        raise ConfigError(f"checkpoint.best_metric={cfg.best_metric!r}: no mean of an evaluation; "
+                          f"allowed: {', '.join(sorted(means))}")
+    return means
 
 
 def run(config: Config) -> dict[str, dict[str, float]]:
@@ -158,9 +165,8 @@ def run(config: Config) -> dict[str, dict[str, float]]:
     Raises ValueError (ConfigError among them), FileNotFoundError, CheckpointError, and
     FloatingPointError where the training diverges, and Preempted where it was told to end.
     """
-    with Watch(config.pod) as watch:
-        session = open_session(config, watch, Notice())
-        with session.pushed(), contextlib.closing(session.metrics):
+    with Watch(config.pod) as watch, memory.explained(watch):
+        with opened(config, watch) as session:
             past = _past_results(session) if is_first() else None
             results = exchange.broadcast(past, "past results")
             results = _finish(session, _train(session, results), results)
@@ -182,12 +188,12 @@ def _past_results(session: Session) -> dict[str, dict[str, float]]:
     text = json.dumps([about, identity, dataclasses.asdict(session.config.evaluate), limit,
                        held_out], sort_keys=True, default=str)
     digest, mark = hashlib.sha256(text.encode()).hexdigest(), workdir / "results.digest"
-    if session.test is not None and (not mark.exists() or mark.read_text() != digest):
+    if session.test is not None and (not mark.exists() or mark.read_bytes() != digest.encode()):
         (workdir / plots.RESULTS_FILE).unlink(missing_ok=True)
         if (workdir / EVALUATIONS_FILE).exists():  # somebody may still want to read them
             (workdir / EVALUATIONS_FILE).replace(workdir / f"{EVALUATIONS_FILE}.old")
         session.metrics.truncate("evaluate", 0)
-        mark.write_text(digest)
+        write_whole(mark, digest)
         session.push()
     return plots.read_results(workdir)
 
@@ -228,9 +234,10 @@ def _finish(session: Session, policy: Params | None,
     config, label = session.config, "as given"
     if policy is None:  # no training stage: the last policy trained here, else the model as given
         try:
-            policy, _, label = export.restore_policy(
-                config.workdir, config, layout=session.train_layout
-            )
+            with session.watch.phase("restore"):
+                policy, _, label = export.restore_policy(
+                    config.workdir, config, layout=session.train_layout
+                )
         except FileNotFoundError:
             policy = load_policy(session)
         if session.test is not None:
@@ -248,7 +255,8 @@ def _finish(session: Session, policy: Params | None,
     if results:
         session.console.say(_save_results(session, results))
     if is_first():
-        _report(session)
+        with session.watch.phase("report"):
+            _report(session)
     return results
 
 

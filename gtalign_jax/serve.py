@@ -30,7 +30,6 @@ import socket
 import sys
 from collections.abc import Sequence
 
-import jinja2
 import uvicorn
 from fastapi import FastAPI
 
@@ -236,9 +235,8 @@ def _check_prompt(player: Player, longest: int) -> None:
     try:
         asked = asking.ask([{"role": "user", "content": "?"}], player.instruction)
         tokens = len(encode_chat(player.tokenizer, asked))
-    except jinja2.TemplateError as error:
-        raise ValueError(f"--instruction={player.instruction}: the model's chat template refuses "
-                         f"it: {error}") from error
+    except ValueError as error:  # of the model's chat template
+        raise ValueError(f"--instruction={player.instruction}: {error}") from error
     if tokens > longest:
         raise ValueError(f"--prompt_tokens={longest}: the shortest question is {tokens} tokens "
                          f"with --instruction={player.instruction}")

@@ -40,13 +40,15 @@ from gtalign_jax.data.chat import decode
 from gtalign_jax.data.prompt import Prompt
 from gtalign_jax.data.sources import load_prompts
 from gtalign_jax.data.tokenizer import chain_corpus, train_tokenizer
+from gtalign_jax.model import load, safetensors_io
 from gtalign_jax.model.spec import ModelConfig, num_params
 from gtalign_jax.pod import exchange, share
 from gtalign_jax.pod.exchange import is_first
-from gtalign_jax.pod.notice import Notice, Preempted
+from gtalign_jax.pod.notice import Preempted
 from gtalign_jax.pod.start import check_same
 from gtalign_jax.pod.watch import Watch
 from gtalign_jax.training.checkpoint import Checkpointer
+from gtalign_jax.training.claim import TakenError
 from gtalign_jax.training.dumps import Dumps
 from gtalign_jax.training.metrics import MetricsWriter
 from gtalign_jax.training.stage import Stage
@@ -65,7 +67,6 @@ class Session(Bench):
 
     train: PromptSet | None
     metrics: MetricsWriter
-    notice: Notice
     files: Files
     fingerprint: dict[str, Any]
 
@@ -76,15 +77,19 @@ class Session(Bench):
         if stage == "sft":
             prints = {k: v for k, v in prints.items() if k.startswith(SFT_KEYS)}
         directory = export.checkpoint_dir(self.config.workdir, stage)
-        opened = Checkpointer(directory, self.config.checkpoint, prints, read_only=read_only)
+        cfg = self.config.checkpoint
+        if stage != "grpo":  # nothing else is evaluated on its way
+            cfg = dataclasses.replace(cfg, keep_best=0)
+        opened = Checkpointer(
+            directory, cfg, prints, read_only=read_only,
+            scores=lambda: self.metrics.values("evaluate", cfg.best_metric),
+        )
         try:
             yield opened
-        except Preempted:  # all processes are here
-            opened.close()
-            raise
-        except BaseException:
+        except BaseException as error:
             # Among several, closing waits for peers that may not come; the watch ends them all.
-            if exchange.process_count() == 1:
+            together = isinstance(error, Preempted) and error.together
+            if together or exchange.process_count() == 1:
                 opened.close()
             raise
         opened.close()
@@ -92,8 +97,9 @@ class Session(Bench):
     def push(self) -> None:
         """Sends the run's files to where the work directory is, if that is not here."""
         if is_first():
-            self.metrics.flush()
-            self.files.push()
+            with self.watch.phase("push"):
+                self.metrics.flush()
+                self.files.push()
 
     @contextlib.contextmanager
     def pushed(self) -> Iterator[None]:
@@ -101,7 +107,8 @@ class Session(Bench):
         try:
             yield
         except BaseException as error:
-            if not isinstance(error, TransferError):  # storage was asked often enough then
+            # Storage was asked often enough then, or the files are another run's.
+            if not isinstance(error, TransferError | TakenError):
                 try:
                     self.push()
                 except TransferError as other:
@@ -110,32 +117,57 @@ class Session(Bench):
         self.push()
 
     def stage(self, name: str, steps: int, checkpoints: Checkpointer, log_every: int = 1) -> Stage:
-        trace = (0, "")
+        trace, evaluated_every = (0, ""), 0
         if name == "grpo":
+            if self.config.checkpoint.keep_best:
+                evaluated_every = self.config.evaluate.every_steps
             trace = (self.config.grpo.profile_step, f"{self.files.directory}/profile")
         return Stage(name, steps, self.config.seed, checkpoints, self.config.checkpoint,
-                     self.metrics, self.console, self.watch, self.notice, self.config.guard,
+                     self.metrics, self.console, self.watch, self.config.guard,
                      Dumps(self.files.directory / "nonfinite",
                            functools.partial(decode, self.tokenizer)),
-                     self.push, log_every, trace)
+                     self.push, log_every, evaluated_every, trace)
 
 
-def open_session(config: Config, watch: Watch, notice: Notice) -> Session:
-    """Everything before the first step. Raises ValueError and the like with a text for the user."""
+@contextlib.contextmanager
+def opened(config: Config, watch: Watch) -> Iterator[Session]:
+    """A session that has its work directory for itself, and sends its files there at the end.
+
+    Raises TakenError where another run has it, and what `open_session` does.
+    """
     check_config(config)
-    files = _files(config)
+    files = Files(config.workdir)
+    with contextlib.ExitStack() as held:
+        problem = None
+        if is_first():
+            try:
+                held.enter_context(files.claimed())
+            except TakenError as error:
+                problem = str(error)
+        problem = exchange.broadcast(problem, "claim on the work directory")
+        if problem is not None:
+            raise TakenError(problem)
+        session = open_session(config, watch, files)
+        with session.pushed(), contextlib.closing(session.metrics):
+            yield session
+
+
+def open_session(config: Config, watch: Watch, files: Files) -> Session:
+    """Everything before the first step. Raises ValueError and the like with a text for the user."""
+    _bring(files, config)
     keep_programs(f"{config.workdir}/compiled")
     trains = any(stage in config.stages for stage in export.TRAINING_STAGES)
     prompts = training_prompts(config) if trains else []
     sources = [prompt.data_source for prompt in prompts]
-    bench = open_bench(config, watch, _tokenizer(config, prompts, files), sources)
+    with watch.phase("tokenizer"):
+        tokenizer_dir = _tokenizer(config, prompts, files)
+    bench = open_bench(config, watch, tokenizer_dir, sources)
     train = PromptSet(prompts, bench.tokenizer, config.data.max_prompt_tokens) if trains else None
     identity = _identity(config, bench.model, bench.tokenizer, prompts)
     session = Session(
         **vars(bench),
         train=train,
         metrics=MetricsWriter(files.directory, enabled=is_first()),
-        notice=notice,
         files=files,
         fingerprint=fingerprint(config, identity=identity),
     )
@@ -158,14 +190,12 @@ def training_prompts(config: Config) -> list[Prompt]:
     return prompts
 
 
-def _files(config: Config) -> Files:
-    """The work directory, which every process sees, or process 0's copy of a remote one."""
-    files = Files(config.workdir)
+def _bring(files: Files, config: Config) -> None:
+    """Makes process 0's copy of a remote work directory; a local one every process must see."""
     if not is_remote(config.workdir):
         share.check_shared(config.workdir)
     elif is_first():
         files.pull()
-    return files
 
 
 def _claim(session: Session) -> None:
@@ -249,7 +279,11 @@ def _identity(config: Config, model: ModelConfig, tokenizer: PreTrainedTokenizer
     cold_start = config.sft.examples if "sft" in config.stages else None
     if cold_start not in ("builtin", None):
         cold_start = hashlib.sha256(Path(cold_start).read_bytes()).hexdigest()[:16]
+    weights = {}
+    if config.model.path:
+        weights["weights"] = safetensors_io.digest(Path(load.resolve(config.model.path)))
     return {
+        **weights,
         "cold_start": cold_start,
         "model": dataclasses.asdict(model),
         "tokenizer": _digest([tokenizer.get_vocab(), tokenizer.chat_template]),

@@ -26,7 +26,6 @@ from gtalign_jax.data.sources import load_prompts
 from gtalign_jax.evaluation import prices, prices_tables
 from gtalign_jax.evaluation.evaluate import Progress
 from gtalign_jax.evaluation.measures import Row
-from gtalign_jax.evaluation.tables import write_whole
 from gtalign_jax.game.steering import SteeringConfig
 from gtalign_jax.report.figures_prices import prices_figure
 from gtalign_jax.reward.judges import make_judge
@@ -34,6 +33,7 @@ from gtalign_jax.reward.rules import RULES
 from gtalign_jax.rollout.player import Player
 from gtalign_jax.rollout.sampler import SamplerConfig
 from gtalign_jax.training.collect import Collector, log_rows
+from gtalign_jax.training.files import write_whole
 from gtalign_jax.training.metrics import jsonable
 from gtalign_jax.workdir import local
 

@@ -19,6 +19,7 @@ and 3.6 GB sent in the whole run; it grows with the square of a run's length.
 
 import contextlib
 import hashlib
+import json
 import logging
 import os
 import shutil
@@ -31,10 +32,11 @@ from typing import Any
 import fsspec
 
 from gtalign_jax.model import load
+from gtalign_jax.training import claim
 from gtalign_jax.training.checkpoint import CheckpointError
 
 # Sent to the bucket by those who make them.
-ELSEWHERE = ("checkpoints", "compiled", "evaluation", "hf")
+ELSEWHERE = ("checkpoints", "compiled", "evaluation", "hf", claim.OWNER_FILE)
 PAUSES_S = (2.0, 10.0, 30.0)  # before storage that has failed is tried again
 
 log = logging.getLogger(__name__)
@@ -77,9 +79,37 @@ class Files:
         self.directory = directory or local(workdir)
         self._url = str(workdir).rstrip("/") if is_remote(workdir) else None
         self._sent: dict[Path, tuple[int, int]] = {}  # file -> (size, time) when it was last equal
+        self._owner: dict[str, Any] = {}
         if self._url is not None:
             self._fs, root = _open(self._url)
             self._root = root.rstrip("/")
+
+    @contextlib.contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Makes this process the only one that writes here. Raises claim.TakenError.
+
+        Where the work directory is a bucket, an older run of another machine ends at its next push.
+        """
+        name = self.directory.name
+        lock = self.directory / claim.LOCK_FILE
+        if self._url is not None:  # not in the copy, which `pull` deletes
+            lock = self.directory.with_name(f"{name}{claim.LOCK_FILE}")
+        with claim.locked(lock, self._url or self.directory):
+            if self._url is not None:
+                self._owner = claim.owner()
+                _persist(f"writing {self._url}/{claim.OWNER_FILE}", self._fs.pipe_file,
+                         f"{self._root}/{claim.OWNER_FILE}", json.dumps(self._owner).encode())
+            yield
+
+    def _check_owner(self) -> None:
+        file = f"{self._url}/{claim.OWNER_FILE}"
+        found = _persist(f"reading {file}", self._fs.cat_file, f"{self._root}/{claim.OWNER_FILE}")
+        who = claim.read(found.decode(errors="replace"))
+        if who.get("token") != self._owner["token"]:
+            raise claim.TakenError(
+                f"{self._url} was taken over by {claim.described(who)}: this run ends, and writes "
+                "nothing more there. End one of the two, or set another workdir"
+            )
 
     def pull(self, only: str = "") -> None:
         """Makes the copy equal to the bucket, or brings `only` the file or directory of that name.
@@ -124,10 +154,13 @@ class Files:
     def push(self) -> None:
         """Sends what has changed, and deletes what was deleted, since the last pull or push.
 
-        Raises TransferError, which names file and URL, where storage fails again and again.
+        Raises TransferError, which names file and URL, where storage fails again and again, and
+        claim.TakenError where another run has come since `claimed`.
         """
         if self._url is None:
             return
+        if self._owner:
+            self._check_owner()
         for file in [file for file in self._sent if not file.exists()]:
             # First: a file's mark must not arrive while what it no longer fits is still there.
             name = self._name(file)

@@ -83,7 +83,7 @@ wait_until_gone() { # or until $1 seconds have passed
 finish() { # leave nothing behind, whatever ended this script
   if alive; then
     signal TERM
-    wait_until_gone 10
+    wait_until_gone 30 # a run saves when it is told to end
     signal KILL
   fi
 }

@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -36,13 +35,6 @@ def rows(workdir, label):
     return [row for row in runs.rows(workdir, "evaluations.jsonl") if row["label"] == label]
 
 
-@pytest.fixture
-def same_signals():
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
-
-
 def stand_in(log, failing=()):
     """In place of `run.run`: an evaluation of two prompts, or a failure."""
     def run(config):
@@ -72,7 +64,7 @@ def evaluated(label, i, seed):
 
 
 def test_a_run_that_diverges_is_noted_the_others_go_on_and_what_is_done_is_not_done_again(
-    tmp_path, monkeypatch, capsys, same_signals
+    tmp_path, monkeypatch, capsys
 ):
     log, ablation = [], small(tmp_path, ("linear", "user"), seeds=(0, 1))
     monkeypatch.setattr(ablate, "run_one", stand_in(log, failing=("seed0/user",)))
@@ -96,7 +88,7 @@ def test_a_run_that_diverges_is_noted_the_others_go_on_and_what_is_done_is_not_d
 
 
 def test_without_its_cold_start_a_run_fails_and_without_any_run_nothing_is_compared(
-    tmp_path, monkeypatch, capsys, same_signals
+    tmp_path, monkeypatch, capsys
 ):
     log = []
     monkeypatch.setattr(ablate, "run_one", stand_in(log, failing=("seed0/cold_start",)))
@@ -108,7 +100,7 @@ def test_without_its_cold_start_a_run_fails_and_without_any_run_nothing_is_compa
 
 
 def test_a_finished_run_stays_finished_when_settings_that_did_not_exist_have_their_default(
-    tmp_path, monkeypatch, same_signals
+    tmp_path, monkeypatch
 ):
     log, ablation = [], small(tmp_path, ("untagged",))
     monkeypatch.setattr(ablate, "run_one", stand_in(log))
@@ -141,19 +133,9 @@ def test_kept_programs_leave_no_setting_behind(tmp_path):
     assert jax.config.jax_compilation_cache_dir == before
 
 
-def test_sigterm_outside_of_training_ends_the_command_with_its_own_status(
-    tmp_path, monkeypatch, same_signals
-):
-    told = lambda config: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
-    monkeypatch.setattr(ablate, "run_one", told)
-    with pytest.raises(SystemExit) as ended:
-        whole(small(tmp_path))
-    assert ended.value.code == 75
-
-
 @pytest.mark.slow
 def test_an_ablation_stopped_in_a_run_goes_on_there_and_equals_a_run_of_its_own(
-    tmp_path, monkeypatch, capsys, same_signals
+    tmp_path, monkeypatch, capsys
 ):
     """The stop is in GRPO, of a run that was given its cold start. It ends like one that trained
     all of it at a stretch, with kept programs where the first one compiled its own."""

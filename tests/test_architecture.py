@@ -80,5 +80,41 @@ def test_what_the_package_imports_is_in_the_runtime_requirements_and_torch_is_no
                 assert packages & declared, f"{file} imports {name}, of {packages}"
 
 
+# What runs, or may run, whatever a file or a peer hands over.
+RUNS_INPUT = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "torch"}
+RUNS_ARGUMENT = {"eval", "exec", "compile", "__import__", "yaml.load", "yaml.unsafe_load",
+                 "os.system", "os.popen"}
+TRUSTING = {"allow_pickle", "trust_remote_code", "shell"}
+
+
+def trusting(tree: ast.AST) -> list[str]:
+    """Imports and calls by which a file or a peer could choose what runs."""
+    found = []
+    for node in ast.walk(tree):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module] if isinstance(node, ast.ImportFrom) else []
+        found += [name for name in names if name.split(".")[0] in RUNS_INPUT]
+        if isinstance(node, ast.Call):
+            found += [name for name in [ast.unparse(node.func)] if name in RUNS_ARGUMENT]
+            found += [
+                word.arg for word in node.keywords
+                if word.arg in TRUSTING and ast.unparse(word.value) != "False"
+            ]
+    return found
+
+
+def test_nothing_that_is_read_chooses_what_runs():
+    sources = {file: file.read_text(encoding="utf-8") for file in FILES}
+    assert {file: t for file, text in sources.items() if (t := trusting(ast.parse(text)))} == {}
+
+
+@pytest.mark.parametrize("line", [
+    "import pickle", "from pickle import Unpickler", "import torch.serialization", "eval('1')",
+    "numpy.load(f, allow_pickle=True)", "load(p, trust_remote_code=key)", "yaml.load(f, Loader)",
+])
+def test_what_would_let_it_choose_is_found(line):
+    assert trusting(ast.parse(f"def f():\n    {line}"))
+
+
 def canonical(package: str) -> str:
     return package.lower().replace("_", "-")

@@ -167,9 +167,9 @@ def test_arrays_of_another_shape_are_refused_and_named(open_run):
             {"w": jax.ShapeDtypeStruct((4, 2), jnp.float32), "b": jnp.zeros(5)}
         )
     text = str(caught.value)
-    assert "w: saved (3, 2), now (4, 2)" in text
-    assert "b: saved nothing, now (5,)" in text
-    assert "old: saved (1,), now nothing" in text
+    assert "w: saved (3, 2) float32, now (4, 2) float32" in text
+    assert "b: saved nothing, now (5,) float32" in text
+    assert "old: saved (1,) float32, now nothing" in text
 
 
 def test_a_key_of_another_algorithm_comes_back_as_one(open_run):

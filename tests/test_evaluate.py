@@ -1,5 +1,6 @@
 """Held-out prompts: each counted once, in batches of one size, with the training reward's code."""
 
+import functools
 import types
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 from gtalign_jax.evaluation import evaluate as evaluate_lib
 from gtalign_jax.evaluation.evaluate import EvaluateConfig, evaluate
 from gtalign_jax.rollout.sampler import Rollout
+from gtalign_jax.training.assessing import Assessing
 
 KEY = jax.random.key(0)
 
@@ -48,6 +50,12 @@ class Collector:
         np.testing.assert_array_equal(at_Q, range(len(batch.prompts)))
         self.assessed.append((batch.prompts, rollout))
         return types.SimpleNamespace(at_first=lambda: rollout)
+
+    def assessing(self, batch):
+        return Assessing(self.fetch, functools.partial(self.assess, batch), overlap=False)
+
+    def finished(self, assessing):
+        return assessing.result()
 
 
 @pytest.fixture

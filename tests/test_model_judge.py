@@ -327,7 +327,7 @@ SYSTEMLESS = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no sys
 @pytest.mark.parametrize("change, message", [
     ({"chat_template": None}, "has no chat template"),
     ({"chat_template": "{{ messages[-1]['content'] }}"}, "leaves out a part of a prompt"),
-    ({"chat_template": SYSTEMLESS}, "takes no system and user message: no system"),
+    ({"chat_template": SYSTEMLESS}, "takes no system and user message: .* no system"),
     ({"chat_template": "{% for m in messages %}{{ m['content'] }}{% endfor %}",
       "eos_token": None}, "no EOS token"),
     ({"more": 40}, "its tokenizer has .* the model knows"),

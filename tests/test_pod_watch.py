@@ -69,7 +69,7 @@ def test_a_run_that_ends_well_ends_everywhere_though_one_takes_longer():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("how", "wait", "count"), [
-    ("SIGTERM", HOST_WAIT, 3), ("SIGKILL", DEVICE_WAIT, 2),
+    ("SIGHUP", HOST_WAIT, 3), ("SIGKILL", DEVICE_WAIT, 2),
 ])
 def test_a_killed_process_ends_the_others_by_name(how, wait, count):
     children = run(how, 1, wait, count)
@@ -81,6 +81,14 @@ def test_a_killed_process_ends_the_others_by_name(how, wait, count):
         assert result.status in (ending.EXIT, ending.EXIT_FAILED), result.text
         assert "process 1 (host" in result.text.rpartition("error: ")[2]
         assert "after the watch" not in result.text
+
+
+@pytest.mark.slow
+def test_a_process_that_is_told_to_end_where_nothing_is_to_save_takes_the_others_along():
+    for result in pods.ended(run("SIGTERM", 1, HOST_WAIT)):
+        assert result.status == ending.EXIT_PREEMPTED, result.text
+        assert "process 1 (host" in result.text and "error:" not in result.text
+        assert "told to end by SIGTERM in update of step 7: there was nothing" in result.text
 
 
 @pytest.mark.slow

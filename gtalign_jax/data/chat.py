@@ -12,12 +12,32 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 Messages = Sequence[Mapping[str, str]]
+MAX_ID = 2**31  # ids are int32
+TOKENIZER_FILES = "tokenizer.json with tokenizer_config.json, or tokenizer.model"
 NO_VARIABLES: Mapping[str, Any] = MappingProxyType({})
 
 
 def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerBase:
-    """The tokenizer of a local directory or a hub name; never runs code that comes with it."""
-    return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    """The tokenizer of a local directory or a hub name; never runs code that comes with it.
+
+    Raises:
+      ValueError: it cannot be read, or only by such code; names the directory.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    # Whatever a file holds that is not as transformers expects, it fails as Python does.
+    except Exception as error:
+        reason = f"{type(error).__name__}: {_first_line(error)}"
+        if "trust_remote_code" in str(error):
+            reason = "it comes as code of its own, which is never run"
+        raise ValueError(
+            f"{path}: its tokenizer cannot be loaded: {reason}; allowed: the files of a tokenizer "
+            f"that transformers knows, {TOKENIZER_FILES}"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:300]
 
 
 def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages,
@@ -28,7 +48,7 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages,
 
     Raises:
       TypeError: messages is a string (a text on which a template may have been applied already).
-      ValueError: the tokenizer has no chat template.
+      ValueError: the tokenizer has no chat template, or one that fails or refuses the messages.
     """
     if isinstance(messages, str):
         raise TypeError(
@@ -40,10 +60,19 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages,
             f"the tokenizer {tokenizer.name_or_path!r} has no chat template; add chat_template "
             "to its tokenizer_config.json, or use the model's instruction-tuned variant"
         )
-    return tokenizer.apply_chat_template(
-        [dict(message) for message in messages], tokenize=False, add_generation_prompt=True,
-        **variables,
-    )
+    return _templated(tokenizer, messages, add_generation_prompt=True, **variables)
+
+
+def _templated(tokenizer: PreTrainedTokenizerBase, messages: Messages, **variables: Any) -> str:
+    """The text that the chat template makes; it runs in jinja2's sandbox, and reads no files."""
+    turns = [dict(message) for message in messages]
+    try:
+        return tokenizer.apply_chat_template(turns, tokenize=False, **variables)
+    except Exception as error:  # a template fails as Python does, and refuses what it likes
+        raise ValueError(
+            f"the chat template of {tokenizer.name_or_path!r} fails: {type(error).__name__}: "
+            f"{_first_line(error)}"
+        ) from error
 
 
 def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int]:
@@ -97,12 +126,14 @@ def stop_ids(
       generation_config: the content of generation_config.json, or None where there is none.
 
     Raises:
-      ValueError: there is no such id.
+      ValueError: there is no such id, or what is given there is none.
     """
-    ids = set()
     listed = (generation_config or {}).get("eos_token_id")
-    if listed is not None:
-        ids |= {listed} if isinstance(listed, int) else set(listed)
+    given = listed if isinstance(listed, list) else [] if listed is None else [listed]
+    if not all(type(i) is int and 0 <= i < MAX_ID for i in given):
+        raise ValueError(f"generation_config.json of {tokenizer.name_or_path!r}: eos_token_id="
+                         f"{listed!r:.80}; allowed: a token id, or a list of them")
+    ids = set(given)
     if tokenizer.eos_token_id is not None:
         ids.add(tokenizer.eos_token_id)
     turn_end = _turn_end(tokenizer)
@@ -120,7 +151,7 @@ def _turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
     if not tokenizer.chat_template:
         return None
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "closing"}]
-    text = tokenizer.apply_chat_template(turns, tokenize=False)
+    text = _templated(tokenizer, turns)
     after = tokenizer(text.rpartition("closing")[2].lstrip(), add_special_tokens=False).input_ids
     added = tokenizer.added_tokens_decoder
     return after[0] if after and after[0] in added and added[after[0]].special else None

@@ -72,6 +72,9 @@ class DataConfig:
     test_size: int = 0
 
     def __post_init__(self) -> None:
+        for name, least in (("max_prompt_tokens", 1), ("train_size", 0), ("test_size", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"data.{name}={getattr(self, name)}: must be >= {least}")
         if self.reasoning == "none" and self.source != "builtin" and self.instruction != "ours":
             raise ValueError(
                 f"data.instruction = {self.instruction!r} with data.reasoning = 'none': the "
@@ -128,7 +131,13 @@ def _check(cfg: DataConfig, split: str) -> None:
 
 def _parquet(cfg: DataConfig, split: str) -> Iterator[tuple[str, list[Row]]]:
     for path in _files(cfg, split):
-        yield path, pyarrow.parquet.read_table(path).to_pylist()
+        try:
+            rows = pyarrow.parquet.read_table(path).to_pylist()
+        except FileNotFoundError:
+            raise
+        except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
+            raise ValueError(f"{path}: not Parquet that can be read: {_short(error)}") from error
+        yield path, rows
 
 
 def _jsonl(cfg: DataConfig, split: str) -> Iterator[tuple[str, list[Row | MalformedRow]]]:
@@ -141,21 +150,52 @@ def _hub(cfg: DataConfig, split: str) -> Iterator[tuple[str, list[Row]]]:
 
     for name in {"train": cfg.train, "test": cfg.test}[split]:
         path, _, subset = name.partition(":")
-        yield name, datasets.load_dataset(path, subset or None, split=split).to_list()
+        try:
+            rows = datasets.load_dataset(path, subset or None, split=split).to_list()
+        except Exception as error:  # of whichever library reads the format that was found there
+            raise ValueError(
+                f"data.{split}={name!r}: {type(error).__name__}: {_short(error)}; allowed: "
+                "owner/name or owner/name:config of a set on the hub"
+            ) from error
+        yield name, rows
 
 
 SOURCES = {"parquet": _parquet, "jsonl": _jsonl, "hub": _hub}
 
 
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
 def read_jsonl(path: str) -> list[Row | MalformedRow]:
-    """The objects of a JSONL file, in place of a bad line what is wrong with it; no blank lines."""
+    """The objects of a JSONL file, in place of a bad line what is wrong with it; no blank lines.
+
+    Raises FileNotFoundError, and ValueError for anything else that cannot be read.
+    """
     rows: list[Row | MalformedRow] = []
-    with open(path, "rb") as lines:  # bytes: a line that is no UTF-8 is a bad line, not a bad file
-        for line in lines:
-            if line.strip():
-                row, problem = parse_line(line)
-                rows.append(row if problem is None else MalformedRow(problem))
+    try:
+        # bytes: a line that is no UTF-8 is a bad line, not a bad file
+        with open(path, "rb") as lines:
+            for line in lines:
+                if line.strip():
+                    row, problem = parse_line(line)
+                    problem = problem or _unwritable(line, row)
+                    rows.append(row if problem is None else MalformedRow(problem))
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from error
     return rows
+
+
+def _unwritable(line: bytes, row: Row) -> str | None:
+    """What keeps a row from tokenizers, judges and files: half a surrogate pair has no UTF-8."""
+    if b"\\u" in line:
+        try:
+            json.dumps(row, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError as error:
+            return f"half a surrogate pair is no text: {error.object[error.start]!r}"
+    return None
 
 
 def parse_line(line: bytes) -> tuple[dict[str, Any], str | None]:
@@ -190,6 +230,8 @@ def _short_name(name: str) -> str:
 def _read_rows(
     prefix: str, name: str, rows: Sequence[Row | MalformedRow], instruction: str
 ) -> list[Prompt]:
+    if rows and all(isinstance(row, MalformedRow) for row in rows):
+        raise ValueError(f"{name}: none of its {len(rows)} lines can be read; the first: {rows[0]}")
     columns = sorted({key for row in rows if isinstance(row, Mapping) for key in row})
     for column in REQUIRED:
         if column not in columns:

@@ -19,7 +19,8 @@ from gtalign_jax.evaluation.ablation import Comparison, Contrast, Outcome
 from gtalign_jax.evaluation.measures import Measure
 from gtalign_jax.evaluation.paired import SIGNIFICANT
 from gtalign_jax.evaluation.pareto import EPS
-from gtalign_jax.evaluation.tables import markdown_table, write_whole
+from gtalign_jax.evaluation.tables import markdown_table
+from gtalign_jax.training.files import write_whole
 from gtalign_jax.training.metrics import jsonable
 
 COLD_START, UNTAGGED, UNTAGGED_COLD = "cold_start", "untagged", "untagged_cold_start"

@@ -8,7 +8,6 @@ numbers before and after training are about the same prompts.
 import dataclasses
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 from gtalign_jax.data.batches import PromptSet
 from gtalign_jax.pod import exchange
 from gtalign_jax.training.collect import Collector, log_rows, summarise
+from gtalign_jax.training.files import write_whole
 from gtalign_jax.training.metrics import read_rows
 
 log = logging.getLogger(__name__)
@@ -74,8 +74,9 @@ def evaluate(params: Any, collect: Collector, prompts: PromptSet, cfg: EvaluateC
         told(start + real, count)
     rollout = jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
     rollout = rollout.replace(slots=rollout.slots.sum())
-    experience = collect.assess(prompts.take(wanted), np.concatenate(places), rollout)
-    whole = experience.at_first()
+    assessing = collect.assessing(prompts.take(wanted))
+    assessing.begin(np.concatenate(places), rollout)
+    whole = collect.finished(assessing).at_first()
     means = None if whole is None else summarise(whole)
     return exchange.broadcast(means, "evaluation"), [] if whole is None else log_rows(whole)
 
@@ -101,9 +102,7 @@ class Progress:
 
 def save_rows(path: Path, label: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """Adds rows to evaluations.jsonl, in place of what `label` has there, all at once."""
-    kept = [row for row in read_rows(path) if row["label"] != label] if path.exists() else []
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n"
-                        for row in (*kept, *({"label": label, **row} for row in rows)))
-    os.replace(partial, path)
+    old = read_rows(path, label=str) if path.exists() else []
+    kept = [row for row in old if row["label"] != label]
+    rows = (*kept, *({"label": label, **row} for row in rows))
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))

@@ -10,7 +10,6 @@ import csv
 import io
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from gtalign_jax.evaluation.measures import (
     action_table,
     estimates,
 )
+from gtalign_jax.training.files import write_whole
 from gtalign_jax.training.metrics import jsonable
 
 BY_SOURCE = (  # the columns of the tables by source: the paper's
@@ -54,13 +54,6 @@ def save(directory: Path, rows_by_label: Mapping[str, Sequence[Row]], seed: int 
     ):
         write_whole(directory / name, text)
     return groups
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a text file that is there as a whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
-    os.replace(partial, path)
 
 
 def shown(estimate: Estimate, measure: Measure) -> str:

@@ -133,11 +133,19 @@ def _present(cfg: ModelConfig) -> list[Weight]:
 
 def load_config(path: str | Path) -> ModelConfig:
     """The `ModelConfig` of a local Hugging Face directory; ValueError where unsupported."""
-    return config_from_hf(read_json(Path(path) / "config.json"))
+    file = Path(path) / "config.json"
+    content = read_json(file)
+    try:
+        return config_from_hf(content)
+    except ValueError as error:
+        raise ValueError(f"{file.parent}: {error}") from error
 
 
 def _check_tensors(path: Path, files: Mapping[str, Any], cfg: ModelConfig) -> None:
     """Every expected tensor is there with its shape and a float dtype, and nothing else is."""
+    if cfg.num_layers > len(files):  # before as many names are made
+        raise ValueError(f"{path}: config.json says num_hidden_layers={cfg.num_layers}, but there "
+                         f"are {len(files)} tensors in all")
     expected = {n: w for w in _present(cfg) for n in w.names(cfg)}
     # Old Llama files store the rotary frequencies: derived from config.json, never read.
     found = {n for n in files if not n.endswith(".rotary_emb.inv_freq")}
@@ -168,7 +176,16 @@ def _check_tensors(path: Path, files: Mapping[str, Any], cfg: ModelConfig) -> No
             )
 
 
-def _stack(files: Mapping[str, Any], weight: Weight, shape: tuple[int, ...],
+def _check_finite(path: Path, name: str, x: np.ndarray) -> None:
+    """A damaged file is told from a training that diverges: here, by the tensor's name."""
+    with np.errstate(over="ignore"):  # of float64, what is too large for float32 is infinite there
+        narrow = x.astype(np.float32) if x.dtype == np.float64 else x
+    if not np.isfinite(narrow).all():
+        raise ValueError(f"{path}: tensor {name} holds NaN, infinity or numbers too large for "
+                         "float32; allowed: finite weights (fetch the file again)")
+
+
+def _stack(path: Path, files: Mapping[str, Any], weight: Weight, shape: tuple[int, ...],
            cfg: ModelConfig) -> np.ndarray:
     """One stacked weight on the host, in the dtype of the files; padded rows are zero."""
     names = weight.names(cfg)
@@ -176,6 +193,7 @@ def _stack(files: Mapping[str, Any], weight: Weight, shape: tuple[int, ...],
     out = np.zeros(shape, jnp.dtype(kinds.pop()) if len(kinds) == 1 else np.float32)
     for layer, name in enumerate(names):
         x = weight.from_hf(files[name].get_tensor(name), cfg)
+        _check_finite(path, name, x)
         if weight.per_layer:
             out[layer] = x
         else:
@@ -191,7 +209,8 @@ def load_params(path: str | Path, cfg: ModelConfig, layout: Layout | None = None
     its sharding; each process reads the files and keeps the part of its own devices.
 
     Raises:
-      ValueError: a missing, unexpected, duplicate or wrongly shaped tensor, or a bad index.
+      ValueError: a missing, unexpected, duplicate, wrongly shaped or not finite tensor, or a bad
+        index.
     """
     path = Path(path)
     lines = {weight.field: weight for weight in _present(cfg)}
@@ -199,7 +218,7 @@ def load_params(path: str | Path, cfg: ModelConfig, layout: Layout | None = None
         _check_tensors(path, files, cfg)
 
         def place(key_path: Any, spec: Any) -> jax.Array:
-            host = _stack(files, lines[_field(key_path)], spec.shape, cfg)
+            host = _stack(path, files, lines[_field(key_path)], spec.shape, cfg)
             if layout is None:
                 return jnp.asarray(host.astype(dtype))
             sharding = layout.sharding(*spec.axes)

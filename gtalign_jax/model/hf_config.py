@@ -8,6 +8,7 @@ trip through `config_to_hf(cfg, base)`. This module reads no weights.
 
 import dataclasses
 import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,6 +33,7 @@ SAME_VALUE = {
     "max_position": "max_position_embeddings",
     "init_scale": "initializer_range",
 }
+MAX_SIZE = 2**31 - 1
 ROPE_KEYS = (
     "rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings"
 )
@@ -46,16 +48,32 @@ OFF = {
 
 
 def _refuse(key: str, value: Any, allowed: Any) -> ValueError:
-    return ValueError(f"config.json: {key}={value!r} is not supported; allowed: {allowed}")
+    return ValueError(f"config.json: {key}={value!r:.200} is not supported; allowed: {allowed}")
 
 
 def _size(config: Mapping[str, Any], key: str) -> int:
     """A required positive integer."""
     if key not in config:
         raise ValueError(f"config.json: {key} is missing; keys present: {sorted(config)}")
-    value = config[key]
-    if type(value) is not int or value < 1:
-        raise _refuse(key, value, "a positive integer")
+    return _whole(key, config[key])
+
+
+def _whole(key: str, value: Any) -> int:
+    if type(value) is not int or not 1 <= value <= MAX_SIZE:
+        raise _refuse(key, value, f"a positive integer up to {MAX_SIZE}")
+    return value
+
+
+def _positive(key: str, value: Any) -> float:
+    # An integer may be finite and yet no float.
+    if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
+        raise _refuse(key, value, "a finite number above 0")
+    return float(value)
+
+
+def _switch(key: str, value: Any) -> bool:
+    if type(value) is not bool:
+        raise _refuse(key, value, "true or false")
     return value
 
 
@@ -69,39 +87,47 @@ def _check_features(config: Mapping[str, Any], family: str) -> None:
         if value not in allowed:
             raise _refuse(key, value, " or ".join(map(repr, allowed)) or "no such key")
     architectures = config.get("architectures")
-    if architectures and list(architectures) != [ARCHITECTURES[family]]:
+    if architectures not in (None, [], [ARCHITECTURES[family]]):
         raise _refuse("architectures", architectures, [ARCHITECTURES[family]])
     kinds = config.get("layer_types")
-    if kinds is not None and set(kinds) != {"full_attention"}:
-        raise _refuse("layer_types", sorted(set(kinds)), "full_attention in every layer")
+    if kinds is not None and (type(kinds) is not list
+                              or any(kind != "full_attention" for kind in kinds)):
+        raise _refuse("layer_types", kinds, "full_attention in every layer")
     window, first = config.get("sliding_window"), config.get("max_window_layers", 28)
     in_use = config.get("use_sliding_window") and window is not None
-    if kinds is None and in_use and first < _size(config, "num_hidden_layers"):
+    if kinds is None and in_use and (type(first) is not int
+                                     or first < _size(config, "num_hidden_layers")):
         raise _refuse(
             "use_sliding_window", True,
-            f"False, or max_window_layers (here {first}) of at least num_hidden_layers",
+            f"False, or max_window_layers (here {first!r:.80}) of at least num_hidden_layers",
         )
 
 
 def _yarn_attention_factor(rope: Mapping[str, Any], factor: float) -> float:
     """The factor on cos and sin: given, or 0.1 ln(factor) + 1 (arXiv 2309.00071, eq. 22)."""
     if rope.get("attention_factor") is not None:
-        return float(rope["attention_factor"])
+        return _positive("rope_scaling.attention_factor", rope["attention_factor"])
 
     def scale(weight: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
     if rope.get("mscale") and rope.get("mscale_all_dim"):
-        return scale(rope["mscale"]) / scale(rope["mscale_all_dim"])
+        over, under = (_positive(f"rope_scaling.{key}", rope[key])
+                       for key in ("mscale", "mscale_all_dim"))
+        return scale(over) / scale(under)
     return scale(1.0)
 
 
 def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     """(theta, scaling) from either layout: `rope_theta` + `rope_scaling`, or `rope_parameters`."""
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(rope, Mapping):
+        raise _refuse("rope_scaling", rope, "an object, or null")
     if any(isinstance(value, Mapping) for value in rope.values()):
         raise _refuse("rope_parameters", rope, "one set of parameters for all layers")
-    theta = float(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0)
+    theta = _positive(
+        "rope_theta", rope.get("rope_theta") or config.get("rope_theta") or 10_000.0
+    )
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise _refuse("rope_parameters.partial_rotary_factor", rope["partial_rotary_factor"], 1.0)
     kind = rope.get("rope_type") or rope.get("type") or "default"
@@ -110,8 +136,10 @@ def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     if kind not in ("linear", "llama3", "yarn"):
         raise _refuse("rope_scaling.rope_type", kind, "default, linear, llama3 or yarn")
     longest = _size(config, "max_position_embeddings")
-    original = config.get("original_max_position_embeddings") \
+    original = _whole(
+        "original_max_position_embeddings", config.get("original_max_position_embeddings")
         or rope.get("original_max_position_embeddings") or longest
+    )
     factor = rope.get("factor")
     if factor is None and kind == "yarn":
         factor = longest / original
@@ -122,20 +150,22 @@ def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
             f"config.json: rope_scaling of type {kind} lacks {missing or ['factor']}; "
             f"keys present: {sorted(rope)}"
         )
+    def number(key: str, default: Any = None) -> float:
+        return _positive(f"rope_scaling.{key}", rope.get(key) or default)
+
+    factor = _positive("rope_scaling.factor", factor)
     if kind == "linear":
-        return theta, RopeScaling(kind, float(factor), longest)
+        return theta, RopeScaling(kind, factor, longest)
     if kind == "llama3":
         return theta, RopeScaling(
-            kind, float(factor), original,
-            low_freq_factor=float(rope["low_freq_factor"]),
-            high_freq_factor=float(rope["high_freq_factor"]),
+            kind, factor, original,
+            low_freq_factor=number("low_freq_factor"), high_freq_factor=number("high_freq_factor"),
         )
     return theta, RopeScaling(
-        kind, float(factor), original,
-        beta_fast=float(rope.get("beta_fast") or 32),
-        beta_slow=float(rope.get("beta_slow") or 1),
-        attention_factor=_yarn_attention_factor(rope, float(factor)),
-        truncate=bool(rope.get("truncate", True)),
+        kind, factor, original,
+        beta_fast=number("beta_fast", 32), beta_slow=number("beta_slow", 1),
+        attention_factor=_yarn_attention_factor(rope, factor),
+        truncate=_switch("rope_scaling.truncate", rope.get("truncate", True)),
     )
 
 
@@ -159,7 +189,7 @@ def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
         head_dim = _size(config, "head_dim")
     elif family == "qwen3" and "head_dim" not in config:
         head_dim = 128
-    if head_dim % 2:
+    if head_dim % 2 or not head_dim:
         raise _refuse("head_dim", head_dim, "an even number")
     theta, scaling = _rope(config)
     return ModelConfig(
@@ -173,12 +203,12 @@ def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
         head_dim=head_dim,
         rope_theta=theta,
         rope_scaling=scaling,
-        norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+        norm_eps=_positive("rms_norm_eps", config.get("rms_norm_eps", 1e-6)),
         qkv_bias=family == "qwen2",
         qk_norm=family == "qwen3",
-        tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+        tie_embeddings=_switch("tie_word_embeddings", config.get("tie_word_embeddings", False)),
         max_position=_size(config, "max_position_embeddings"),
-        init_scale=float(config.get("initializer_range", 0.02)),
+        init_scale=_positive("initializer_range", config.get("initializer_range", 0.02)),
     )
 
 

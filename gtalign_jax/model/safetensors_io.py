@@ -5,10 +5,13 @@ sizes are known before the first value, so that a writer needs one tensor in mem
 This module knows no model; what a tensor means is in `hf.py`.
 """
 
+import collections
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
+import os
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,10 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+_SAMPLES, _SAMPLE_BYTES = 64, 4096  # of a file, evenly spread, for `digest`
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 CODES = {name: code for code, name in DTYPES.items()}
+MAX_JSON_BYTES = 64 << 20  # a hundred thousand tensors in an index are a tenth of that
+MAX_JSON_DEPTH = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,22 +49,41 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. A key given twice is an error, not the last value.
 
     Raises:
-      ValueError: not JSON, not an object, or a repeated key; names the file.
+      FileNotFoundError: there is no such file.
+      ValueError: it cannot be read, is no JSON object in UTF-8, repeats a key, or is too large or
+        too deep; names the file.
     """
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        twice = {key for key in keys if keys.count(key) > 1} if len(set(keys)) < len(keys) else None
+        twice = [key for key, n in collections.Counter(key for key, _ in pairs).items() if n > 1]
         if twice:
-            raise ValueError(f"duplicate key {few(list(twice))}")
+            raise ValueError(f"duplicate key {few(twice)}")
         return dict(pairs)
 
     try:
-        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
-    except ValueError as error:  # a JSONDecodeError is one
-        raise ValueError(f"{path}: {error}") from error
+        with path.open("rb") as file:
+            content = file.read(MAX_JSON_BYTES + 1)
+        if len(content) > MAX_JSON_BYTES:
+            raise ValueError(f"larger than {MAX_JSON_BYTES >> 20} MiB")
+        value = json.loads(content.decode("utf-8"), object_pairs_hook=unique)
+        _check_depth(value)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:  # a JSONDecodeError is a ValueError
+        raise ValueError(f"{path}: not JSON that can be read: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
+
+
+def _check_depth(value: Any) -> None:
+    level = [value]
+    for _ in range(MAX_JSON_DEPTH):
+        level = [inner for node in level if isinstance(node, dict | list)
+                 for inner in (node.values() if isinstance(node, dict) else node)]
+    if level:
+        raise ValueError(f"nested deeper than {MAX_JSON_DEPTH} levels")
 
 
 def _shards(path: Path) -> tuple[list[str], Mapping[str, str] | None]:
@@ -97,8 +122,11 @@ def open_tensors(path: Path) -> Iterator[dict[str, Any]]:
         for name in files:
             try:
                 handle = stack.enter_context(safe_open(path / name, framework="np"))
-            except SafetensorError as error:
-                raise ValueError(f"{path / name} is not a safetensors file: {error}") from error
+            except (SafetensorError, OSError) as error:
+                raise ValueError(
+                    f"{path / name} is not a safetensors file, or not all of one: {error}; fetch "
+                    "it again"
+                ) from error
             for tensor in handle.keys():
                 if tensor in where:
                     raise ValueError(
@@ -112,6 +140,27 @@ def open_tensors(path: Path) -> Iterator[dict[str, Any]]:
         if wrong:
             raise ValueError(f"{path / INDEX} and the files disagree about {few(wrong)}")
         yield where
+
+
+def digest(path: Path) -> str:
+    """A short name for the weights in a directory: of the names and sizes of its files, their
+    headers and a sample of their bytes. Training changes nearly all bytes, so few are enough.
+
+    Raises ValueError where there are no such files.
+    """
+    names, weight_map = _shards(path)
+    found = hashlib.sha256(json.dumps(weight_map, sort_keys=True).encode())
+    for name in names:
+        with (path / name).open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            found.update(f"{name} {size} ".encode())
+            file.seek(0)
+            header = file.read(8)
+            found.update(header + file.read(min(int.from_bytes(header, "little"), size)))
+            for i in range(_SAMPLES):
+                file.seek(i * size // _SAMPLES)
+                found.update(file.read(_SAMPLE_BYTES))
+    return found.hexdigest()[:16]
 
 
 def plan_shards(tensors: Sequence[Planned], dtype: str, max_bytes: int) -> list[list[Planned]]:

@@ -15,16 +15,15 @@ Each carries its name, so that processes which are out of step say so instead of
 Nothing here touches an accelerator, and with one process nothing is stored at all.
 """
 
-import dataclasses
-import io
 import itertools
-import pickle
-import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax._src import distributed
+
+from gtalign_jax.pod import plain
 
 TIMEOUT_S = 7 * 86400.0  # a last resort: the watch (watch.py) knows the phases' deadlines
 PART_BYTES = 2 << 20  # gRPC refuses messages of more than 4 MiB unless both ends were told not to
@@ -112,7 +111,7 @@ class _Call:
 
     def put(self, place: str, obj: Any) -> None:
         """Stores `obj` in parts; the head comes last, so whoever sees it finds all of it."""
-        data = pickle.dumps(obj, protocol=5)
+        data = _as_pod_error(plain.pack, obj)
         parts = [data[i : i + PART_BYTES] for i in range(0, len(data), PART_BYTES)]
         for number, part in enumerate(parts):
             store().key_value_set_bytes(f"{self.directory}/{place}/{number}", part)
@@ -127,7 +126,7 @@ class _Call:
                 "all processes must make the same exchanges in the same order"
             )
         data = b"".join(self._wait(f"{place}/{number}") for number in range(int(count)))
-        return _Plain(io.BytesIO(data)).load()
+        return _as_pod_error(plain.unpack, data)
 
     def _wait(self, key: str) -> bytes:
         while True:
@@ -156,6 +155,13 @@ class _Call:
         except jax.errors.JaxRuntimeError:
             return False
         return True
+
+
+def _as_pod_error(code: Callable[[Any], Any], what: Any) -> Any:
+    try:
+        return code(what)
+    except ValueError as error:
+        raise PodError(str(error)) from error
 
 
 def _owner(place: str) -> str:
@@ -187,26 +193,3 @@ def _spread(obj: Any, call: _Call) -> Any:
     _read.clear()
     _stale.append(f"{call.directory}/")
     return obj
-
-
-class _Plain(pickle.Unpickler):
-    """Reads plain data, numpy arrays and this package's dataclasses, and calls nothing else: what
-    comes over the network must not choose what runs here."""
-
-    _NUMPY = {
-        ("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode"),
-        ("numpy._core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "scalar"),
-        ("numpy._core.numeric", "_frombuffer"),
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in self._NUMPY:
-            return super().find_class(module, name)
-        if module.startswith("gtalign_jax.") and module in sys.modules:
-            found = super().find_class(module, name)
-            if isinstance(found, type) and dataclasses.is_dataclass(found):
-                return found
-        raise PodError(
-            f"an exchange carries plain data, numpy arrays and dataclasses of gtalign_jax, "
-            f"not {module}.{name}"
-        )

@@ -4,10 +4,12 @@
     leader     process 0 reads all beats at once; who has not moved for `silence_s` is lost
     followers  read one short directory: the leader's beat, and the first failure, if there is one
     deadline   a phase longer than its `…_s`, a beat of our own that came late: this process fails
+    notice     SIGTERM or SIGINT (notice.py): whoever it makes leave alone tells the others
 
 Whoever finds a failure publishes it, and every process ends with the same cause, the stacks of its
-threads and status `ending.EXIT`; the one that raised, with `ending.EXIT_FAILED`. A beat costs each
-process a constant number of requests. Ages are measured by the reader's own clock.
+threads and status `ending.EXIT`; the one that raised, with `ending.EXIT_FAILED`; after a notice all
+with its status. A beat costs each process a constant number of requests. Ages are measured by the
+reader's own clock.
 
 A second line behind this: if process 0, which serves the store, is killed, JAX ends the others
 within a moment by a fatal log (status 134), and `faulthandler` adds their stacks to it.
@@ -33,7 +35,7 @@ import jax
 
 from gtalign_jax.pod import ending
 from gtalign_jax.pod.exchange import is_first, process_count, process_index, store
-from gtalign_jax.pod.notice import Preempted
+from gtalign_jax.pod.notice import Notice, Preempted
 from gtalign_jax.pod.start import PodConfig
 
 _TICK_S = 0.2  # how often deadlines are looked at; needs no network
@@ -62,7 +64,7 @@ class Watch:
     """Watches this process and, from process 0, all; make one right after `start.start`.
 
     Use it as a context manager, or call `close`. `cfg.silence_s` and the deadlines of the phases
-    are seconds.
+    are seconds. `notice` listens while it is entered.
     """
 
     def __init__(self, cfg: PodConfig) -> None:
@@ -82,6 +84,7 @@ class Watch:
         self._wake = threading.Event()  # the next beat is due: a phase began or ended
         self._ending = threading.Lock()  # taken by the thread that ends this process
         self._answered = time.monotonic()  # when process 0 last answered
+        self.notice = Notice(self.where, self._fail)
         self._enter(self._new_phase("start of the run", None))
         if not faulthandler.is_enabled():  # JAX's fatal log aborts: stacks for that too
             faulthandler.enable(sys.__stderr__, all_threads=True)
@@ -96,11 +99,28 @@ class Watch:
             thread.start()
 
     def __enter__(self) -> "Watch":
+        self.notice.__enter__()
         return self
 
     def __exit__(self, kind: Any, failed: BaseException | None, trace: Any) -> None:
-        # Being told to end is no failure, and all processes end by it together.
-        self.close(None if isinstance(failed, Preempted) else failed)
+        self.notice.hold()  # who says good-bye to the others is not to be torn away
+        try:
+            if isinstance(failed, Preempted) and not failed.together and process_count() > 1:
+                self._fail(f"{self._me}: {failed}", failed.status)
+            self.close(None if isinstance(failed, Preempted) else failed)  # that is no failure
+            if failed is None:
+                self.notice.release()
+        finally:
+            self.notice.__exit__()
+
+    def raised_in(self, error: BaseException) -> str:
+        """In which phase, in words; the innermost one."""
+        known = self._raised is not None and self._raised[0] is error
+        return str(self._raised[1] if known else self._phase)
+
+    def where(self) -> str:
+        """What this process does now, in words."""
+        return str(self._phase)
 
     @contextlib.contextmanager
     def phase(self, name: str, step: int | None = None) -> Iterator[None]:
@@ -208,7 +228,8 @@ class Watch:
         """Reads who lives: process 0 all the others, the others process 0. Ends where one fails."""
         common = dict(store().key_value_dir_get(self._common))
         if self._failure in common:
-            self._end(common[self._failure])
+            cause, status = json.loads(common[self._failure])
+            self._end(cause, status if status in ending.TOLD else ending.EXIT)
         if is_first():
             found = dict(store().key_value_dir_get(self._beats))
             texts = {i: found.get(f"{self._beats}{i}") for i in range(1, process_count())}
@@ -240,6 +261,8 @@ class Watch:
 
     def _fail_by(self, error: BaseException) -> NoReturn:
         """Called by the main thread with what it raised."""
+        if isinstance(error, ending.OutOfMemory):  # its message says it all
+            self._fail(f"{self._me}: {error}", ending.EXIT_FAILED)
         traceback.print_exception(error, file=sys.stderr)
         known = self._raised is not None and self._raised[0] is error
         phase = self._raised[1] if known else self._phase
@@ -285,11 +308,13 @@ class Watch:
     def _fail(self, cause: str, status: int = ending.EXIT) -> NoReturn:
         """Tells everybody the cause, then ends this process."""
         if process_count() > 1:
-            self._ask(lambda: store().key_value_set(self._failure, cause))  # the first one stays
+            mine = json.dumps([cause, status])
+            self._ask(lambda: store().key_value_set(self._failure, mine))  # the first one stays
             common: dict[str, str] = {}
             self._ask(lambda: common.update(store().key_value_dir_get(self._common)))
-            first = common.get(self._failure, cause)
+            first, its_status = json.loads(common.get(self._failure, mine))
             cause = cause if first == cause else f"{first}\nthen {cause}"
+            status = its_status if its_status in ending.TOLD else status
         self._end(cause, status)
 
     def _end(self, cause: str, status: int = ending.EXIT) -> NoReturn:

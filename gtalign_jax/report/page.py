@@ -25,6 +25,7 @@ from gtalign_jax.evaluation.measures import BY_NAME, OVERALL, Estimates, social_
 from gtalign_jax.report import examples, figures, numbers, page_tables, words
 from gtalign_jax.report.ink import Picture
 from gtalign_jax.report.load import RunData
+from gtalign_jax.training.files import write_whole
 from gtalign_jax.training.metrics import jsonable
 
 PAGE, JSON = "report.html", "report.json"
@@ -96,10 +97,10 @@ def save(report: Report, directory: Path) -> Path:
         partial.write_bytes(picture.png)
         os.replace(partial, path)
     for name, text in report.tables.items():
-        tables.write_whole(directory / "tables" / name, text)
+        write_whole(directory / "tables" / name, text)
     text = json.dumps(report.numbers, indent=2, allow_nan=False)
-    tables.write_whole(directory / JSON, text + "\n")
-    tables.write_whole(directory / PAGE, report.html)
+    write_whole(directory / JSON, text + "\n")
+    write_whole(directory / PAGE, report.html)
     return directory / PAGE
 
 

@@ -142,6 +142,7 @@ class Sampler:
 
     Each goes on `until` no more rows of any shard live; `size` is the number of rows that it
     decodes. Every size is a program of its own, compiled when a rollout first gets there.
+    `pause()` is called between them; where it raises, the rollout is given up.
     """
 
     config: SamplerConfig
@@ -150,6 +151,7 @@ class Sampler:
     prefill: Callable[..., tuple[PromptCache, jax.Array]]
     first: Callable[..., tuple[Leg, tuple[Cache, Cache]]]
     next: Callable[..., tuple[Leg, tuple[Cache, Cache]]]
+    pause: Callable[[], None] = lambda: None
 
     def __call__(self, params: Params, tokens_QS, lengths_Q, index_Q, key,
                  limit_QG=None) -> Rollout:
@@ -159,6 +161,7 @@ class Sampler:
         prompt in the step (it keys the randomness); `limit_QG` is the number of completion tokens
         that each row may have, where that is less than the sampler's limit.
         """
+        self.pause()
         cache, last_Q = self.prefill(params, tokens_QS, lengths_Q)
         return self.decode(params, cache, last_Q, index_Q, key, limit_QG)
 
@@ -173,6 +176,7 @@ class Sampler:
         sizes = (*self.sizes(len(last_Q)), 0)
         leg, caches = self.first(params, cache, last_Q, index_Q, key, limit_QG, until=sizes[1])
         while live := int(leg.live):
+            self.pause()
             size, until = next(pair for pair in zip(sizes, sizes[1:], strict=False)
                                if pair[1] < live <= pair[0])
             leg, caches = self.next(params, leg, caches, size=size, until=until)

@@ -18,8 +18,6 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
-import jinja2
-
 from gtalign_jax.data import asking
 from gtalign_jax.data.chat import encode_chat
 from gtalign_jax.game import chain, pricing, steering
@@ -241,8 +239,7 @@ def _prompt(player: Player, request: ChatRequest) -> tuple[int, ...]:
     try:
         asked = asking.ask([message.plain() for message in request.messages], player.instruction)
         return tuple(encode_chat(player.tokenizer, asked))
-    # A template may refuse an order of roles, or a role.
-    except (ValueError, TypeError, jinja2.TemplateError) as error:
+    except (ValueError, TypeError) as error:  # a template may refuse a role, or their order
         raise ApiError(400, str(error), "messages") from error
 
 

@@ -2,6 +2,7 @@
 
     assessing = Assessing(...)
     roll(..., assessing.add)       each piece is read and scored in a thread, once it is sampled
+    assessing.wait(told)           until all is scored, or the run is told to end
     assessing.result()             waits for what is left
 
 With a judge that answers over a network a step takes about as long as the longer of sampling and
@@ -15,6 +16,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from concurrent import futures
 from concurrent.futures import Future
 from typing import Any
 
@@ -24,6 +26,7 @@ import numpy as np
 from gtalign_jax.pod import share
 from gtalign_jax.rollout.sampler import Rollout
 
+POLL_S = 0.5  # how often one who waits asks whether to go on
 EXIT_S = 5.0  # what threads that compute get to come to an end when the program does
 _threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 
@@ -55,22 +58,31 @@ class Assessing:
     def add(self, rollout: Rollout, first: int = 0, stride: int = 1) -> None:
         """Takes the completions of the batch's prompts number `first`, `first + stride` …"""
         rows, own = self._fetch(rollout)
+        self.begin(first + stride * rows, own)
+
+    def begin(self, rows: np.ndarray, own: Rollout) -> None:
+        """Takes completions on the host, of the batch's prompts number `rows`."""
         if not self._overlap:
-            self._later.append((first + stride * rows, own))
+            self._later.append((rows, own))
             return
         part: Future = Future()
         self._parts.append(part)
 
         def work() -> None:
             try:
-                part.set_result(self._assess(first + stride * rows, own))
+                part.set_result(self._assess(rows, own))
             except BaseException as error:  # raised by `result`, in the thread that waits
                 part.set_exception(error)
 
         # A daemon: an interrupted run must not wait for a judge that nobody listens to.
-        thread = threading.Thread(target=work, name=f"assess-{first}", daemon=True)
+        thread = threading.Thread(target=work, name=f"assess-{len(self._parts)}", daemon=True)
         _threads.add(thread)
         thread.start()
+
+    def wait(self, told: Callable[[], bool]) -> None:
+        """Until what is being scored has its scores, or `told()`."""
+        while futures.wait(self._parts, POLL_S).not_done and not told():
+            pass
 
     def result(self) -> Any:
         """The Experience of all that was added, in the order of the batch. Raises what scoring

@@ -25,6 +25,7 @@ from gtalign_jax.data.prompt import Prompt
 from gtalign_jax.game.chain import KEYS
 from gtalign_jax.model.sharding import Layout
 from gtalign_jax.pod import share
+from gtalign_jax.pod.notice import Notice
 from gtalign_jax.reward.judges import Judge, JudgeError, Judgement
 from gtalign_jax.reward.rules import RESPONSE_KINDS, request_kind, response_kind, right_kinds
 from gtalign_jax.reward.scoring import RewardConfig, Scores, score
@@ -135,6 +136,7 @@ class Collector:
     overlap: bool = True  # score what is sampled while the rest is (training/assessing.py)
     max_missing: float = 1.0  # the share of judgements that may fail
     max_new_tokens: int = 0  # T of its rollouts
+    notice: Notice = dataclasses.field(default_factory=Notice)
 
     @property
     def sharding(self) -> NamedSharding:
@@ -145,6 +147,13 @@ class Collector:
         """What will score completions of the batch, piece by piece; at once, if it is `needed`."""
         overlap = self.overlap and needed
         return Assessing(self.fetch, functools.partial(self.assess, batch), overlap)
+
+    def finished(self, assessing: Assessing) -> Experience:
+        """Its scores. A collective; in all processes Preempted, where one is told to end while it
+        waits for a judge."""
+        assessing.wait(self.notice.heard)
+        self.notice.check()
+        return assessing.result()
 
     def roll(self, params: Any, batch: PromptBatch, key: jax.Array,
              sampled: Callable[[Rollout, int, int], None] = lambda *piece: None) -> Rollout:

@@ -16,7 +16,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -40,6 +39,7 @@ from rich.progress import (
 from rich.text import Text
 
 from gtalign_jax.pod.watch import Watch
+from gtalign_jax.training.files import naming, write_whole
 from gtalign_jax.training.trackers import TensorBoard, Tracker
 
 NONFINITE = "nonfinite/"  # names of metrics that are 1 where something was not finite
@@ -105,23 +105,24 @@ class JsonLines:
 
     def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """All rows in one write, flushed: a reader never sees a step by half."""
-        self._file.write("".join(_dumps(row) + "\n" for row in rows))
-        self._file.flush()
+        with naming(self.path):
+            self._file.write("".join(_dumps(row) + "\n" for row in rows))
+            self._file.flush()
 
     def truncate(self, stage: str, step: int) -> int:
         """Drop the rows of `stage` after `step`; returns how many. Other stages stay."""
         self._file.close()
         lines = _lines(self.path)
-        kept = [line for line in lines if not _is_after(json.loads(line), stage, step)]
+        rows = zip(lines, _parsed(self.path, lines, stage=str, step=int), strict=True)
+        kept = [line for line, row in rows if not _is_after(row, stage, step)]
         if len(kept) < len(lines):
-            beside = self.path.with_name(self.path.name + ".tmp")
-            beside.write_text("".join(kept), encoding="utf-8", newline="\n")
-            os.replace(beside, self.path)
+            write_whole(self.path, b"".join(kept))
         self._file = self._open()
         return len(lines) - len(kept)
 
     def close(self) -> None:
-        self._file.close()
+        with naming(self.path):  # what a full disk has not taken is still to be written
+            self._file.close()
 
     def _open(self) -> TextIO:
         # Half a surrogate pair has no UTF-8; backslashreplace writes it as JSON's own escape.
@@ -163,11 +164,17 @@ class MetricsWriter:
         """What was written about `stage`; nothing in a process that does not write."""
         if self._lines is None:
             return []
-        return [row for row in read_rows(self._lines.path) if row["stage"] == stage]
+        rows = read_rows(self._lines.path, stage=str, step=int)
+        return [row for row in rows if row["stage"] == stage]
 
     def steps(self, stage: str) -> list[int]:
         """The steps that `stage` has rows of; none in a process that does not write."""
         return [row["step"] for row in self.rows(stage)]
+
+    def values(self, stage: str, name: str) -> dict[int, float]:
+        """{step: value} of one metric, without those that are not finite."""
+        rows = self.rows(stage)
+        return {row["step"]: row[name] for row in rows if row.get(name) is not None}
 
     def flush(self) -> None:
         """What was written is in the files; of TensorBoard's, but for the last moment's."""
@@ -209,9 +216,30 @@ class RolloutLog:
             self._lines.close()
 
 
-def read_rows(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL file; half a line at its end, left by a kill, is no row."""
-    return [json.loads(line) for line in _lines(Path(path)) if line.endswith("\n")]
+def read_rows(path: str | Path, **needed: type) -> list[dict[str, Any]]:
+    """The rows of a JSONL file; half a line at its end, left by a kill, is no row.
+
+    `needed`: fields that every row must have, and their types. Raises ValueError, naming file and
+    line, for a line that is no such row.
+    """
+    path = Path(path)
+    return _parsed(path, [line for line in _lines(path) if line.endswith(b"\n")], **needed)
+
+
+def _parsed(path: Path, lines: Sequence[bytes], **needed: type) -> list[dict[str, Any]]:
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}, line {number}, is no JSON: {error}; delete the line") \
+                from error
+        whole = isinstance(row, dict) and all(type(row.get(k)) is t for k, t in needed.items())
+        if not whole:
+            kinds = ", ".join(f"{key} ({kind.__name__})" for key, kind in needed.items())
+            raise ValueError(f"{path}, line {number}, is no row with {kinds}; delete the line")
+        rows.append(row)
+    return rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -339,9 +367,10 @@ def _is_after(row: Mapping[str, Any], stage: str, step: int) -> bool:
     return row["stage"] == stage and row["step"] > step
 
 
-def _lines(path: Path) -> list[str]:
-    # Not str.splitlines: it also cuts at U+2028 and others, which JSON strings may hold.
-    with path.open(encoding="utf-8", newline="\n") as file:
+def _lines(path: Path) -> list[bytes]:
+    # Bytes end lines with b"\n" alone; of text, splitlines also cuts at U+2028 and others, which
+    # JSON strings may hold.
+    with path.open("rb") as file:
         return list(file)
 
 

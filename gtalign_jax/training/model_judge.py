@@ -27,7 +27,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from gtalign_jax.data.batches import WIDTH_MULTIPLE, common_prefix, pad_right
@@ -238,7 +237,7 @@ def _check_asking(cfg: JudgeConfig, model: ModelConfig, tokenizer: PreTrainedTok
         chat = prompts.messages(request)
         try:
             text = render_chat(tokenizer, chat, _variables(cfg))
-        except TemplateError as error:
+        except ValueError as error:
             raise ValueError(f"its chat template takes no system and user message: {error}"
                              ) from error
         if any(message["content"].strip() not in text for message in chat):

@@ -10,7 +10,6 @@ evaluated, and dots the evaluations of the trained policy. Colours are the same 
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from gtalign_jax.model.safetensors_io import read_json
+from gtalign_jax.training.files import write_whole
 from gtalign_jax.training.metrics import METRICS_FILE, read_rows
 
 RESULTS_FILE = "results.json"
@@ -81,7 +82,8 @@ def welfare_curves(workdir: str | Path, stage: str = "grpo") -> Path:
     Raises ValueError where there is no such row.
     """
     workdir = Path(workdir)
-    rows = [row for row in read_rows(workdir / METRICS_FILE) if row["stage"] == stage]
+    rows = read_rows(workdir / METRICS_FILE, stage=str, step=int)
+    rows = [row for row in rows if row["stage"] == stage]
     if not rows:
         raise ValueError(f"{workdir / METRICS_FILE} holds no row of stage {stage!r} to draw")
     results = read_results(workdir)
@@ -107,17 +109,28 @@ def save_results(workdir: str | Path, results: Mapping[str, Mapping[str, float]]
         stage: {k: v if math.isfinite(v) else None for k, v in row.items()}
         for stage, row in clean.items()
     }
-    partial = workdir / f"{RESULTS_FILE}.partial"  # half a file would end every later run
-    partial.write_text(json.dumps(finite, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, workdir / RESULTS_FILE)
-    (workdir / "results.md").write_text(final_table(clean, markdown=True), encoding="utf-8")
+    write_whole(workdir / RESULTS_FILE, json.dumps(finite, indent=2) + "\n")
+    write_whole(workdir / "results.md", final_table(clean, markdown=True))
     return final_table(clean)
 
 
 def read_results(workdir: str | Path) -> dict[str, dict[str, float]]:
-    """What `save_results` wrote; empty where a run has not evaluated anything yet."""
+    """What `save_results` wrote; empty where a run has not evaluated anything yet.
+
+    Raises ValueError for a file that holds anything else.
+    """
     path = Path(workdir) / RESULTS_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if not path.exists():
+        return {}
+    results = read_json(path)
+    numbers = [value for row in results.values()
+               for value in (row.values() if isinstance(row, dict) else ["no row"])]
+    if not all(value is None or type(value) in (int, float) for value in numbers):
+        raise ValueError(
+            f"{path}: expected {{evaluation: {{metric: number or null}}}}; delete the file, and "
+            "the run evaluates anew"
+        )
+    return results
 
 
 def final_table(results: Mapping[str, Mapping[str, float]], *, markdown: bool = False) -> str:

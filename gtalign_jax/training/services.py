@@ -6,12 +6,14 @@ What a metric is called there is `tracked_name`. Neither knows of threads: what 
 import contextlib
 import json
 import math
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from gtalign_jax.model.safetensors_io import read_json
+from gtalign_jax.training.files import write_whole
 
 WANDB_ROWS_FILE, REPORT_FILE = "wandb.json", "report.html"
 INIT_S = 30.0  # what it may take to answer at all
@@ -30,7 +32,7 @@ class Wandb:
         """Begins the run `identity`, or goes on with it. Its files go to `directory`/wandb."""
         self._module, self._identity = module, identity
         self._file = directory / WANDB_ROWS_FILE  # offline, nobody else knows what was sent
-        known = read_json(self._file).get(identity, {})
+        known = read_known(self._file).get(identity, {})
         self._run = module.init(
             project=project, entity=entity or None, mode=mode,
             id=identity, resume="allow", name=name, config=dict(config), dir=str(directory),
@@ -58,7 +60,7 @@ class Wandb:
         self._run.log({f"{stage}/step": step, **row}, step=self._rows, commit=True)
         self._rows, self._last[stage] = self._rows + 1, step
         sent = {"rows": self._rows, "last": self._last}
-        write_json(self._file, read_json(self._file) | {self._identity: sent})
+        write_json(self._file, read_known(self._file) | {self._identity: sent})
 
     def truncate(self, stage: str, step: int) -> None:
         pass
@@ -168,13 +170,12 @@ def _flat(tree: Any, key: str = "") -> dict[str, str]:
     return {name: value for part in parts for name, value in part.items()}
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_known(path: Path) -> dict[str, Any]:
+    """The JSON object of a file, {} where there is none. Raises ValueError for anything else."""
     with contextlib.suppress(FileNotFoundError):
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     return {}
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    beside = path.with_name(f".{path.name}.partial")
-    beside.write_text(json.dumps(value) + "\n", encoding="utf-8")
-    os.replace(beside, path)
+    write_whole(path, json.dumps(value) + "\n")

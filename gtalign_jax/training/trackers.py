@@ -22,6 +22,7 @@ training goes on, without waiting; metrics.jsonl has all rows. Only process 0 tr
 """
 
 import dataclasses
+import errno
 import hashlib
 import importlib
 import json
@@ -38,7 +39,8 @@ from typing import Any, Protocol
 
 from tensorboardX import SummaryWriter
 
-from gtalign_jax.training.services import SERVERS, MLflow, Results, Wandb, read_json, write_json
+from gtalign_jax.training.files import naming
+from gtalign_jax.training.services import SERVERS, MLflow, Results, Wandb, read_known, write_json
 
 log = logging.getLogger(__name__)
 
@@ -106,6 +108,9 @@ class TensorBoard:
     def write(self, stage: str, step: int, values: Mapping[str, float]) -> None:
         board = self._board(stage, None)
         for name, value in values.items():
+            if not _worker(board).is_alive():
+                raise OSError(errno.EIO, "an event file could not be written, as on a full disk",
+                              str(self._directory))
             board.add_scalar(name, value, step)
 
     def truncate(self, stage: str, step: int) -> None:
@@ -115,18 +120,31 @@ class TensorBoard:
         del results, directory
 
     def flush(self) -> None:
-        for board in self._boards.values():
-            board.flush()
+        with naming(self._directory):
+            for board in self._boards.values():
+                board.flush()
 
     def close(self) -> None:
-        for board in self._boards.values():
-            board.close()
+        with naming(self._directory):
+            for board in self._boards.values():
+                if _worker(board).is_alive():
+                    board.close()
+                else:  # nobody reads the queue, which would be waited for at exit
+                    board.file_writer.event_writer._event_queue.cancel_join_thread()
 
     def _board(self, stage: str, purge_step: int | None) -> SummaryWriter:
         if stage not in self._boards:
             directory = str(self._directory / stage)
-            self._boards[stage] = SummaryWriter(directory, purge_step=purge_step, flush_secs=20)
+            self._boards[stage] = SummaryWriter(
+                directory, purge_step=purge_step, flush_secs=20, max_queue=QUEUE
+            )
         return self._boards[stage]
+
+
+def _worker(board: SummaryWriter) -> threading.Thread:
+    """The thread that writes: it ends with its first error, tells nobody, and the queue to it, once
+    it is full, would block the run for good."""
+    return board.file_writer.event_writer._worker
 
 
 class Background:
@@ -258,14 +276,14 @@ def _load(package: str, asked: str) -> ModuleType:
 
 def without_credentials(text: str) -> str:
     """Text without the user and the password of its URLs."""
-    return re.sub(r"(?<=://)[^/@\s]+@", "", text)
+    return re.sub(r"(?<=://)[^/\s]+@", "", text)
 
 
 def _identity(path: Path, settings: Mapping[str, Any]) -> str:
     """The name that a run of these settings had here before, or a new one."""
     text = json.dumps(settings, sort_keys=True, default=str)
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-    known = read_json(path)
+    known = read_known(path)
     if digest not in known:
         known[digest] = uuid.uuid4().hex[:12]
         write_json(path, known)

@@ -83,6 +83,7 @@ def train_grpo(stage: Stage, fresh: Callable[[], TrainState], abstract: TrainSta
     saved = collect.abstract(cfg.prompts_per_step, cfg.samples_per_prompt) if cfg.ahead else None
     state, key, done, saved = stage.resume(fresh, abstract, saved)
     rollouts.truncate(done)
+    stage.metrics.truncate("evaluate", done)
     if done and after is not None:
         after(done, state)
     learner = Learner.make(model, cfg, layout, collect.layout, filters=collect.filters,
@@ -98,7 +99,7 @@ def train_grpo(stage: Stage, fresh: Callable[[], TrainState], abstract: TrainSta
             prompts, rollout = now.prompts, now.rollout
             batch = learner.begin(state, reference, prompts, rollout)  # while the host scores
         with timer("reward", step + 1):
-            experience = now.assessing.result()
+            experience = collect.finished(now.assessing)
             verdict = experience.verdict(cfg.filter_on)
             try:
                 verdict.check(collect.max_missing)
@@ -148,14 +149,21 @@ class _Sampling:
     cfg: GRPOConfig
     stage: Stage
     key: jax.Array
-    next: _Sampled | None = None
+    there: dict[int, _Sampled] = dataclasses.field(default_factory=dict)  # by step
 
     def take(self, params: Params, step: int) -> _Sampled:
-        """What is learnt from in a step; its judging has begun."""
-        now, self.next = self.next or self._sample(params, step), None
-        if self.cfg.ahead:  # after the last step, too: the run may be prolonged
-            self.next = self._sample(params, step + 1)
-        return now
+        """What is learnt from in a step; its judging has begun.
+
+        It stays there until the next step begins. With `grpo.ahead` a step that is dropped, even
+        while the next one's completions are sampled, was begun with completions of an older policy:
+        the checkpoint of the state before it must hold these (`pending`), whole as they are. (The
+        first step samples its own; where it is dropped, there is no checkpoint to be made.)
+        """
+        self.there = {at: sampled for at, sampled in self.there.items() if at >= step}
+        for at in (step, step + 1) if self.cfg.ahead else (step,):  # after the last step, too: the
+            if at not in self.there:                                # run may be prolonged
+                self.there[at] = self._sample(params, at)
+        return self.there[step]
 
     def _sample(self, params: Params, step: int) -> _Sampled:
         prompts, began = self._prompts(step), time.perf_counter()
@@ -174,11 +182,11 @@ class _Sampling:
         prompts = self._prompts(step)
         assessing = self.collect.assessing(prompts)
         assessing.add(rollout)
-        self.next = _Sampled(prompts, rollout, assessing, 0.0)
+        self.there[step] = _Sampled(prompts, rollout, assessing, 0.0)
 
-    def pending(self) -> dict[str, Any]:
-        """What a checkpoint must hold."""
-        return {"pending": self.next.rollout} if self.next else {}
+    def pending(self, done: int) -> dict[str, Any]:
+        """What the checkpoint after `done` steps must hold."""
+        return {"pending": self.there[done].rollout} if self.cfg.ahead else {}
 
 
 def _log(experience: Experience, rollouts: RolloutLog, step: int, limit: int) -> dict[str, float]:
