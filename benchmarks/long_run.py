@@ -9,7 +9,8 @@ Markdown and long_run.json in `out`, one line for each process, of its steps aft
 
     compiled        programs when they began and at the end; must be the same
     from cache      of these
-    threads, files  the most in their first and in their last quarter; must not grow
+    threads, files  the least in their first and in their last quarter (a save under way has some
+                    of its own); must not grow
     objects         live Python objects, the same way; must not grow by more than 1 %
     in use, growth  MB that were asked for and not given back, when they began; KB in each step
     RSS, growth     MB of pages when they began; MB in 1,000 steps: the slope of a least-squares
@@ -183,7 +184,7 @@ def growth(rows: list[dict]) -> dict:
            "rss_mb": round(float(rss[0]), 1),
            "mb_per_1000": round(1000 * per_step, 2), "error": round(1000 * error, 2)}
     for name in COUNTED:
-        out[name] = [max(row[name] for row in part if name in row)
+        out[name] = [min(row[name] for row in part if name in row)
                      for part in (rows[:quarter], rows[-quarter:])]
     return out
 
