@@ -5,6 +5,8 @@ Whole runs of 1,000 steps are `benchmarks/long_run.py`; here is its judgement.
 
 import ctypes
 import gc
+import json
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,7 @@ import pytest
 
 from benchmarks import long_run
 from gtalign_jax.training.checkpoint import CheckpointConfig, Checkpointer
+from gtalign_jax.training.metrics import JsonLines
 
 
 def samples(steps: int = 1000, leak: float = 0.0, jump: float = 0.0, rss: float = 0.0) -> list:
@@ -74,3 +77,20 @@ def test_saving_again_and_again_keeps_no_arrays(tmp_path):
     checkpointer.close()
     (used, arrays), (used_later, arrays_later) = held
     assert arrays_later <= arrays and used_later - used < 4e6  # the array of one save
+
+
+def test_a_log_is_cut_back_without_being_read_into_memory(tmp_path):
+    path = tmp_path / "rollouts.jsonl"
+    rows = [{"stage": "grpo", "step": i // 8 + 1, "completion": "word " * 200} for i in range(4000)]
+    whole = "".join(json.dumps(row) + "\n" for row in rows)
+    path.write_text(whole + '{"half a li')
+    tracemalloc.start()
+    try:
+        log = JsonLines(path)
+        assert log.truncate("grpo", 250) == 2000
+        log.close()
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert path.read_text() == "".join(whole.splitlines(keepends=True)[:2000])
+    assert peak < len(whole) / 10, (peak, len(whole))
