@@ -3,7 +3,7 @@
 import contextlib
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 _REMEDIES = {  # by what the operating system says
@@ -12,17 +12,19 @@ _REMEDIES = {  # by what the operating system says
 }
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
+def write_whole(path: Path, content: str | Iterable[bytes]) -> None:
     """Writes a file that is there as a whole or not at all: a full disk leaves the old one.
 
+    `content`: text, or lines, which need not be in memory all at once.
     Raises OSError, which names `path`.
     """
     partial = path.with_name(f".{path.name}.partial")
     with naming(path):
         try:
             if isinstance(content, str):
-                content = content.encode("utf-8", "backslashreplace")
-            partial.write_bytes(content)
+                content = [content.encode("utf-8", "backslashreplace")]
+            with partial.open("wb") as file:
+                file.writelines(content)
             os.replace(partial, path)
         except OSError:
             with contextlib.suppress(OSError):

@@ -11,8 +11,10 @@ middle of a write leaves at most half a line, which is dropped when the file is 
 Files are written by one process: on a pod, the others' writers have `enabled=False` and do nothing.
 """
 
+import collections
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import time
@@ -44,6 +46,7 @@ from gtalign_jax.training.trackers import TensorBoard, Tracker
 NONFINITE = "nonfinite/"  # names of metrics that are 1 where something was not finite
 METRICS_FILE = "metrics.jsonl"
 ROLLOUTS_FILE = "rollouts.jsonl"
+RECENT = 15  # steps whose median seconds tell the time that is left
 
 
 @struct.dataclass
@@ -110,13 +113,13 @@ class JsonLines:
     def truncate(self, stage: str, step: int) -> int:
         """Drop the rows of `stage` after `step`; returns how many. Other stages stay."""
         self._file.close()
-        lines = _lines(self.path)
-        rows = zip(lines, _parsed(self.path, lines, stage=str, step=int), strict=True)
-        kept = [line for line, row in rows if not _is_after(row, stage, step)]
-        if len(kept) < len(lines):
-            write_whole(self.path, b"".join(kept))
+        parsed = functools.partial(_parsed, self.path, stage=str, step=int)
+        late = sum(_is_after(row, stage, step) for _, row in parsed())
+        if late:
+            kept = (line for line, row in parsed() if not _is_after(row, stage, step))
+            write_whole(self.path, kept)
         self._file = self._open()
-        return len(lines) - len(kept)
+        return late
 
     def close(self) -> None:
         with naming(self.path):  # what a full disk has not taken is still to be written
@@ -220,24 +223,28 @@ def read_rows(path: str | Path, **needed: type) -> list[dict[str, Any]]:
     `needed`: fields that every row must have, and their types. Raises ValueError, naming file and
     line, for a line that is no such row.
     """
-    path = Path(path)
-    return _parsed(path, [line for line in _lines(path) if line.endswith(b"\n")], **needed)
+    return [row for _, row in _parsed(Path(path), **needed)]
 
 
-def _parsed(path: Path, lines: Sequence[bytes], **needed: type) -> list[dict[str, Any]]:
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number}, is no JSON: {error}; delete the line") \
-                from error
-        whole = isinstance(row, dict) and all(type(row.get(k)) is t for k, t in needed.items())
-        if not whole:
-            kinds = ", ".join(f"{key} ({kind.__name__})" for key, kind in needed.items())
-            raise ValueError(f"{path}, line {number}, is no row with {kinds}; delete the line")
-        rows.append(row)
-    return rows
+def _parsed(path: Path, **needed: type) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Each line with its row, one at a time: completions of a whole run are gigabytes as objects.
+
+    Bytes end lines with b"\n" alone; text also ends them elsewhere, at U+2028 or a carriage return.
+    """
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path}, line {number}, is no JSON: {error}; delete the line") \
+                    from error
+            whole = isinstance(row, dict) and all(type(row.get(k)) is t for k, t in needed.items())
+            if not whole:
+                kinds = ", ".join(f"{key} ({kind.__name__})" for key, kind in needed.items())
+                raise ValueError(f"{path}, line {number}, is no row with {kinds}; delete the line")
+            yield line, row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -298,7 +305,7 @@ class Console:
         self._bar: Progress | None = None
         self._task: Any = None
         self._stage, self._total, self._done = "", 0, 0
-        self._seconds: list[float] = []
+        self._seconds: collections.deque[float] = collections.deque(maxlen=RECENT)
         self._last = 0.0
 
     def say(self, text: str = "") -> None:
@@ -309,7 +316,8 @@ class Console:
     def stage(self, name: str, total: int, done: int = 0) -> Iterator[None]:
         """The steps of one stage, `done` of `total` of them before (a resumed run)."""
         self._stage, self._total, self._done = name, total, done
-        self._seconds, self._last = [], time.perf_counter()
+        self._seconds.clear()
+        self._last = time.perf_counter()
         if self._rich.is_terminal and not self._rich.quiet:
             self._bar = Progress(
                 TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
@@ -338,7 +346,7 @@ class Console:
 
     def time_left(self) -> str:
         """Steps to go times the median of the last steps: a compilation does not distort it."""
-        recent = sorted(self._seconds[-15:])
+        recent = sorted(self._seconds)
         if not recent:
             return "-:--"
         seconds = round((self._total - self._done) * recent[len(recent) // 2])
@@ -364,19 +372,11 @@ def _is_after(row: Mapping[str, Any], stage: str, step: int) -> bool:
     return row["stage"] == stage and row["step"] > step
 
 
-def _lines(path: Path) -> list[bytes]:
-    # Bytes end lines with b"\n" alone; of text, splitlines also cuts at U+2028 and others, which
-    # JSON strings may hold.
-    with path.open("rb") as file:
-        return list(file)
-
-
 def _drop_half_line(path: Path) -> None:
     if not path.exists():
         return
     with path.open("rb+") as file:
-        content = file.read()
-        file.truncate(content.rfind(b"\n") + 1)
+        file.truncate(sum(len(line) for line in file if line.endswith(b"\n")))
 
 
 def _dumps(row: Mapping[str, Any]) -> str:

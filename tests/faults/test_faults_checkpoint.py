@@ -399,7 +399,7 @@ def test_a_run_whose_bucket_was_taken_over_sends_nothing_more(tmp_path, monkeypa
 def test_a_file_is_replaced_whole_or_stays_and_the_error_names_it(tmp_path, monkeypatch):
     file = tmp_path / "config.json"
     write_whole(file, "old")
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr("os.replace", full)
     with pytest.raises(OSError, match="No space") as error:
         write_whole(file, "new")
     assert file.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["config.json"]
