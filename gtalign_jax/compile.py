@@ -34,12 +34,12 @@ from gtalign_jax.config import (
     define_flag,
     from_flag,
     parse_flags,
-    versions,
 )
 from gtalign_jax.freeze import to_dict
 from gtalign_jax.model import load
 from gtalign_jax.model.sharding import check_model_fits, make_mesh, mesh_shape
 from gtalign_jax.model.spec import ModelConfig, num_params
+from gtalign_jax.provenance import versions
 from gtalign_jax.redact import redact
 
 FITS, DOES_NOT_FIT, MISTAKE = 0, 1, 2

@@ -10,7 +10,6 @@ import dataclasses
 import json
 import platform
 import re
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +25,8 @@ from gtalign_jax.freeze import ConfigError, check_overrides, freeze, to_dict
 from gtalign_jax.model.load import ModelSource
 from gtalign_jax.model.safetensors_io import read_json
 from gtalign_jax.model.sharding import BATCH_AXES, MeshConfig, batch_shards, is_flash
-from gtalign_jax.pod.start import PodConfig, installed
+from gtalign_jax.pod.start import PodConfig
+from gtalign_jax.provenance import git_revision, versions
 from gtalign_jax.redact import redact, redact_text
 from gtalign_jax.reward.factors import NAMES as FACTORS
 from gtalign_jax.reward.judge_config import JudgeConfig
@@ -46,10 +46,6 @@ T = TypeVar("T")
 STAGES = ("sft", "grpo", "evaluate", "export")
 CONFIG_FILE, RUN_INFO_FILE = "config.json", "run_info.json"
 WITH_PASSWORD = ("judge.base_url", "track.mlflow")  # addresses; files have them without
-PACKAGES = (
-    "jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "numpy", "transformers",
-    "tokenizers", "safetensors", "datasets", "math-verify", "ml_collections",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -378,25 +374,3 @@ def save_run_info(workdir: str | Path, config: Config) -> None:
     }
     write_whole(workdir / CONFIG_FILE, resolved_json(config))
     write_whole(workdir / RUN_INFO_FILE, json.dumps(info, indent=2) + "\n")
-
-
-def git_revision() -> str | None:
-    """The commit of this source tree, "+dirty" where tracked files differ; None outside of git."""
-    root = Path(__file__).resolve().parent.parent
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(
-            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True
-        )
-        return done.stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no")
-        return git("rev-parse", "HEAD") + ("+dirty" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def versions() -> dict[str, str | None]:
-    """The installed version of each of PACKAGES."""
-    return {name: installed(name) for name in PACKAGES}
