@@ -2,7 +2,8 @@
 
     flags -> Config -> the processes of a pod become one -> the command's own work
 
-A mistake of the user's ends in one line that names it and exit status 2; a run that diverges,
+A mistake of the user's ends in one line that names it and exit status 2, and so does a run whose
+work directory another one has; a run that diverges,
 cannot save or write a file, has no judge or no memory, or loses a process ends in one line and
 status 1. (On a pod the watch ends it: pod/watch.py.) SIGTERM and Ctrl-C save what is done and end
 with status 75 and 130.
@@ -24,6 +25,7 @@ from gtalign_jax.pod.start import start
 from gtalign_jax.redact import redact_text
 from gtalign_jax.reward.judges import JudgeError
 from gtalign_jax.training.checkpoint import CheckpointError
+from gtalign_jax.training.claim import TakenError
 from gtalign_jax.training.files import explained
 
 # The judge's client reports each request; orbax warns of each look at a checkpoint, and of each
@@ -52,7 +54,7 @@ def carry_out(
             if not is_first():  # what all of them would say, process 0 says
                 logging.getLogger("gtalign_jax").setLevel(logging.ERROR)
             work(config)
-    except MISTAKES as error:  # ConfigError is a ValueError
+    except (*MISTAKES, TakenError) as error:  # ConfigError is a ValueError
         sys.exit(_fail(error, EXIT_MISTAKE))
     except Preempted as told:
         print(told, file=sys.stderr)

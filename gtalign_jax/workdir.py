@@ -84,17 +84,20 @@ class Files:
             self._fs, root = _open(self._url)
             self._root = root.rstrip("/")
 
+    @property
+    def _lock(self) -> Path:
+        if self._url is None:
+            return self.directory / claim.LOCK_FILE
+        # Not in the copy, which `pull` deletes.
+        return self.directory.with_name(f"{self.directory.name}{claim.LOCK_FILE}")
+
     @contextlib.contextmanager
     def claimed(self) -> Iterator[None]:
         """Makes this process the only one that writes here. Raises claim.TakenError.
 
         Where the work directory is a bucket, an older run of another machine ends at its next push.
         """
-        name = self.directory.name
-        lock = self.directory / claim.LOCK_FILE
-        if self._url is not None:  # not in the copy, which `pull` deletes
-            lock = self.directory.with_name(f"{name}{claim.LOCK_FILE}")
-        with claim.locked(lock, self._url or self.directory):
+        with claim.locked(self._lock, self._url or self.directory):
             if self._url is not None:
                 self._owner = claim.owner()
                 _persist(f"writing {self._url}/{claim.OWNER_FILE}", self._fs.pipe_file,
@@ -115,10 +118,11 @@ class Files:
         """Makes the copy equal to the bucket, or brings `only` the file or directory of that name.
 
         What an earlier run left in the copy is deleted first, unless `only` is given: it was sent,
-        or it came after the last checkpoint. Nothing happens where the work directory is local.
+        or it came after the last checkpoint. Nothing happens where the work directory is local, nor
+        with `only` where a run of this machine has the copy: it is newer then, and being written.
         Raises TransferError.
         """
-        if self._url is None:
+        if self._url is None or (only and claim.is_held(self._lock)):
             return
         names = _persist(f"listing {self._url}", self._remote_files, only)
         if not only:

@@ -61,6 +61,7 @@ while true; do
   "$@" </dev/null &
   child=$!
   set +m
+  [[ -z "$told" ]] || kill "-$told" "$child" 2>/dev/null || true
   wait_for_child
   child=""
   ran=$((SECONDS - began))
@@ -81,9 +82,10 @@ while true; do
   seconds=$((pause << (failures < 7 ? failures - 1 : 6)))
   printf 'keep.sh: status %s after %s s; starting again (%s of %s) in %s s\n' \
     "$status" "$ran" "$failures" "$restarts" "$seconds" >&2
+  ended=$status
   sleep "$seconds" &
   child=$!
   wait_for_child
   child=""
-  [[ -z "$told" ]] || exit "$status"
+  [[ -z "$told" ]] || exit "$ended"
 done

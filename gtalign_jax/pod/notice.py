@@ -9,7 +9,8 @@ between the batches of an evaluation, after a step. Data and randomness are func
 step), so a dropped step is repeated exactly. An update, once begun, is finished: it takes its
 state's place.
 
-A second signal of the same kind ends the process at once.
+A second signal of the same kind ends the process at once. Within `ECHO_S` it is the first again:
+who ends a whole group of processes reaches a run, and the script that keeps it and passes it on.
 """
 
 import contextlib
@@ -18,6 +19,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -27,6 +29,7 @@ import jax
 from gtalign_jax.pod import ending, exchange
 
 NATIVE_S = 5.0  # what native code gets to come back to Python where nothing must be saved
+ECHO_S = 1.0  # a signal that comes again within this time is the same one
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _KEYS = "gtalign/notice/"
 
@@ -141,13 +144,13 @@ class Notice:
 
     def _listen(self, ear: socket.socket) -> None:
         """In a thread of its own, also while the main thread is in native code."""
-        heard = set()
+        heard: dict[int, float] = {}
         while numbers := ear.recv(64):
             for number in numbers:
-                if number in heard:
+                if number in heard and time.monotonic() - heard[number] > ECHO_S:
                     os._exit(128 + number)
-                if number in _SIGNALS:
-                    heard.add(number)
+                if number in _SIGNALS and number not in heard:
+                    heard[number] = time.monotonic()
                     self._take(number)
                     self._answer(signal.Signals(number).name)
 

@@ -205,9 +205,12 @@ class Checkpointer:
                         step, self.directory, damage)
             damaged[step] = damage
         rows = "".join(f"\n  step {step}: {damage}" for step, damage in damaged.items())
+        # A run beside may have deleted what a reader was about to read.
+        advice = "Give the command again" if self._read_only else (
+            "Bring one back from a copy, or delete the directory to begin this stage anew")
         raise CheckpointError(
             f"no checkpoint in {self.directory} is whole:{rows or ' there is none'}\nNothing was "
-            "changed. Bring one back from a copy, or delete the directory to begin this stage anew."
+            f"changed. {advice}."
         )
 
     def _set_aside(self, damaged: Mapping[int, str]) -> None:

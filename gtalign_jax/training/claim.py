@@ -64,6 +64,16 @@ def locked(file: Path, workdir: object) -> Iterator[None]:
         yield
 
 
+def is_held(file: Path) -> bool:
+    """Whether a process of this machine, this one included, holds the lock `file`."""
+    with contextlib.suppress(OSError), file.open("rb") as opened:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
 def owner() -> dict[str, Any]:
     """This process, in words, and a token that no other has."""
     since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())

@@ -189,10 +189,11 @@ class MetricsWriter:
             tracker.finish(results, self._workdir)
 
     def close(self) -> None:
-        if self._lines is not None:
-            self._lines.close()
         with ThreadPoolExecutor() as pool:  # each may wait for a network; they do so together
-            list(pool.map(lambda tracker: tracker.close(), self._trackers))
+            closing = pool.map(lambda tracker: tracker.close(), self._trackers)
+            if self._lines is not None:
+                self._lines.close()
+        list(closing)  # raises what they raised
 
 
 class RolloutLog:

@@ -379,6 +379,9 @@ def test_a_run_whose_bucket_was_taken_over_sends_nothing_more(tmp_path, monkeypa
         old.pull()
         (old.directory / "metrics.jsonl").write_text("old\n")
         old.push()
+        (old.directory / "metrics.jsonl").write_text("old\nnot sent yet\n")
+        workdir.Files(url).pull("metrics.jsonl")  # as an export beside the run does
+        assert (old.directory / "metrics.jsonl").read_text() == "old\nnot sent yet\n"
         with pytest.raises(claim.TakenError, match="in use by process"), \
                 workdir.Files(url).claimed():
             pass  # on the same machine they would share the copy
