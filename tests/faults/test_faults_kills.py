@@ -48,6 +48,7 @@ def test_a_run_killed_eight_times_three_times_at_a_save_ends_as_an_untouched_one
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_run_killed_on_one_device_goes_on_over_four_by_rows_and_by_weights(
     whole, environ, tmp_path
 ):

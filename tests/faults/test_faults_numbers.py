@@ -524,6 +524,7 @@ run.run(runs.config(sys.argv[1], stages=("grpo",), grpo__steps=6, grpo__referenc
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_skip_and_end_together_and_each_dumps_its_own_rows(tmp_path):
     script = PAIR.replace("sys.argv[1]", repr(str(tmp_path)))
     children = pods.ended(pods.spawn(script, 2), 400)
