@@ -4,11 +4,15 @@ The environment is set before anything imports jax: XLA reads it once, when the 
 """
 
 import os
+import signal
 import tempfile
 from pathlib import Path
 
 import compiler
 
+# Started in the background, tests and their children would be deaf to Ctrl-C and to hang-ups.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 os.environ["XLA_FLAGS"] = compiler.flags(8, os.environ.get("XLA_FLAGS", ""))
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")

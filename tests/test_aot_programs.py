@@ -131,6 +131,7 @@ def test_a_judge_that_cannot_work_is_named(tmp_path, changed, message):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_what_lies_on_a_chip_when_a_program_is_called_is_its_arguments_and_residents(
         tmp_path, monkeypatch):
     """A whole run whose functions look at the device's memory before they start."""

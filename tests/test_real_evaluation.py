@@ -85,6 +85,7 @@ def check_scores(rows, judge) -> None:
 
 @pytest.mark.slow
 @pytest.mark.hf
+@pytest.mark.long
 def test_seven_real_sources_make_every_table_and_the_report(tmp_path, shared_dir):
     data, run, out = shared_dir / "data", tmp_path / "run", tmp_path / "out"
     # One chain for all, taught on prompts of every source: what a model this small learns by heart

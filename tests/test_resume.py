@@ -121,6 +121,7 @@ def whole(tmp_path_factory, examples) -> Path:
     return workdir
 
 
+@pytest.mark.long
 def test_a_run_killed_in_both_stages_ends_bit_for_bit_as_an_uninterrupted_one(
     whole, examples, tmp_path
 ):

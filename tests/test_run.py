@@ -121,6 +121,7 @@ def test_results_of_other_held_out_prompts_are_not_taken_for_these(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_an_evaluation_owed_when_the_run_was_told_to_end_is_made_once(tmp_path, monkeypatch):
     """Every second step is evaluated once, though it has four updates of two micro-batches each;
     also the one that SIGTERM saved. Trackers see one run all the while."""
