@@ -138,8 +138,9 @@ class Notice:
         """In the main thread."""
         del frame
         self._take(number)
+        leaving = self._seen.is_set()
         self._seen.set()
-        if not self._holds:
+        if not self._holds and not leaving:
             raise self._told(number, together=False)
 
     def _listen(self, ear: socket.socket) -> None:

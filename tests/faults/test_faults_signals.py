@@ -153,6 +153,13 @@ def test_native_code_does_not_keep_a_process_where_nothing_is_to_save(monkeypatc
     assert [status for _, status in left] == [75] and "SIGTERM in start-up" in left[0][0]
 
 
+def test_who_is_leaving_already_is_not_disturbed_by_an_echo():
+    with Notice():
+        with pytest.raises(Preempted):
+            tell()
+        tell()  # while files are closed and sent
+
+
 def test_what_is_not_saved_is_held_until_all_can_end_together():
     with pytest.raises(Preempted) as ended, Notice() as notice:
         notice.hold()
