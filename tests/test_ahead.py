@@ -68,6 +68,7 @@ def test_an_interrupted_run_goes_on_with_the_completions_that_were_waiting(tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_run_that_is_prolonged_is_the_longer_run(tmp_path):
     whole = run(tmp_path / "whole", grpo__ahead=1)
     run(tmp_path / "cut", grpo__ahead=1, grpo__steps=2)

@@ -64,6 +64,7 @@ def expected(ask: Ask):
     return out.rollout.tokens_QGT[0, 0, :length].tolist(), forced, out.outcomes[0]
 
 
+@pytest.mark.long
 def test_every_row_is_what_the_batched_steering_gives_it_and_nothing_is_compiled_for_it():
     batch = writer.batch()
     before = compilations()

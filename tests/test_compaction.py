@@ -56,6 +56,7 @@ def by_hand(lengths: np.ndarray, sizes: tuple[int, ...]) -> int:
 
 
 @pytest.mark.parametrize("shrink", [0.5, 0.8])
+@pytest.mark.long
 def test_a_shrinking_batch_draws_the_same_tokens_in_fewer_positions(shrink):
     plain, small = sample(0.0), sample(shrink)
     assert_same(small, plain)

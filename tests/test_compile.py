@@ -233,6 +233,7 @@ def test_what_the_search_compiles_is_compiled_once_for_each_setting():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["v4-8", "v5e-8", "v5p-8", "v6e-8"])
+@pytest.mark.long
 def test_update_and_decode_compile_for_every_generation(name):
     config, topology = small(), describe(name)
     mesh = make_mesh(config.mesh, topology.devices)

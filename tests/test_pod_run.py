@@ -118,6 +118,7 @@ def test_two_processes_draw_the_tokens_and_take_the_steps_of_one(alone, pair):
 
 
 @pytest.mark.parametrize("processes, devices", [(1, 1), (4, 2)])
+@pytest.mark.long
 def test_a_checkpoint_of_two_processes_goes_on_with_any_other_number(
     alone, pair, tmp_path, processes, devices
 ):
