@@ -171,7 +171,11 @@ def open_session(config: Config, watch: Watch, files: Files) -> Session:
         files=files,
         fingerprint=fingerprint(config, identity=identity),
     )
-    _claim(session)
+    try:
+        _claim(session)
+    except BaseException:
+        session.metrics.close()
+        raise
     _greet(session)
     return session
 

@@ -69,7 +69,7 @@ def test_a_run_that_ends_well_ends_everywhere_though_one_takes_longer():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("how", "wait", "count"), [
-    ("SIGHUP", HOST_WAIT, 3), ("SIGKILL", DEVICE_WAIT, 2),
+    ("SIGUSR1", HOST_WAIT, 3), ("SIGKILL", DEVICE_WAIT, 2),
 ])
 def test_a_killed_process_ends_the_others_by_name(how, wait, count):
     children = run(how, 1, wait, count)

@@ -71,6 +71,7 @@ def test_the_search_finds_each_spelling():
 
 
 @pytest.mark.slow
+@pytest.mark.long  # W&B remembers its key for the life of the process
 def test_a_run_whose_judges_repeat_their_keys_writes_and_says_none(
     tmp_path, planted, monkeypatch, capfd, caplog,
 ):
